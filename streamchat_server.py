@@ -1,0 +1,1777 @@
+#!/usr/bin/env python3
+r"""Streamable HTTP chat: multi-turn chat with a language model over plain HTTP/1.1, in one file.
+
+A client POSTs a message. The answer is a stream of events, each one line of JSON, and each line is sent as one chunk
+of the chunked transfer coding (a "transfer chunk": size in hex, CRLF, data, CRLF) the moment it may leave:
+
+    > POST /chat/stream HTTP/1.1
+    > Host: localhost:8000
+    > Content-Type: application/json
+    > Content-Length: 53
+    >
+    > {"message":"Hi!","session_id":"demo","turn_id":"t-1"}
+
+    < HTTP/1.1 200 OK
+    < Date: Tue, 24 Nov 2026 07:53:17 GMT
+    < Content-Type: application/x-ndjson
+    < Cache-Control: no-cache
+    < X-Accel-Buffering: no
+    < Transfer-Encoding: chunked
+    < X-Content-Type-Options: nosniff
+    < Connection: keep-alive
+    <
+    < 8c
+    < {"type":"session_info","session_id":"demo","turn_id":"t-1","model":"offline","created":true,"timestamp":"…"}
+    <
+    < 4a
+    < {"type":"status","message":"Generating response...","context_messages":0}
+    <
+    < 82
+    < {"type":"chunk","text":"You said: Hi!\n\nThis ","chunk_number":1,"is_final":false,"timestamp":"…"}
+    <
+      (… two more, a tenth of a second apart …)
+    < 74
+    < {"type":"chunk","text":"this one.","chunk_number":4,"is_final":true,"timestamp":"…"}
+    <
+    < bc
+    < {"type":"complete","finish_reason":"stop","total_chunks":4,"processing_time":0.300712,"message_count":2,…}
+    <
+    < 0
+    <
+
+(A timestamp has 32 characters, such as 2026-11-24T07:53:17.065890+00:00.) The events:
+
+    session_info   which session and turn this is, before the model is called     1
+    status         how many messages the model is given as context                1
+    chunk          a part of the answer; all of them joined are the answer        0 or more
+    complete       terminal: how it ended, and what the history holds now         1, or else
+    error          terminal: a code, and whether the same POST may help           1
+    ping           after a silence, to this reader only; no part of the log       any number
+
+A stream without a terminal event was cut, whatever the transfer coding says. The turn runs on all the same:
+
+    POST ──► running ──► complete    the history gains the message and the answer, in one step with the event
+                │                    (also when stopped, or when all readers left: finish_reason "cancelled")
+                └──────► failed      the history gains nothing; the same POST runs the turn anew
+
+Who was cut off sends the same POST again (it follows the turn's log instead of starting another), or GETs
+/sessions/{session_id}/stream?after=N for the log without the chunks 1 to N. README.md has the whole protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+import uuid
+import warnings
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache, lru_cache, partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from queue import Full, Queue
+from socketserver import TCPServer
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote
+
+VERSION = "1.0"
+FRAMEWORK = "Python http.server + HTTP Streaming"
+
+# ---- limits and tables: all numbers, names and codes of the protocol. They know no function. -------------------------
+
+LIMITS = {
+    "message": 100_000,  # characters: a short book's chapter; Gemini's smallest context holds many of them
+    "body": 2 << 20,  # bytes: 100,000 characters, each written as two \uXXXX, and room for the other fields
+    "request_line": 8 << 10,  # bytes: what RFC 9112, section 3, asks for at the least
+    "chunk": 4096,  # code points: at most 12 bytes each (two \uXXXX), so a line stays under 64 KiB
+    "error_message": 1000,  # characters: a sentence for a person, not a page of somebody's HTML
+    "model_silence": 120,  # seconds without a piece: longer than a model thinks, shorter than a person waits
+    "model_timeout": 600,  # seconds: google-genai's time-out, which ends the thread of a turn that was stopped
+    "send": 30,  # seconds in which a reader takes nothing: then it has left
+    "linger": 2,  # seconds given to a client to read an answer that was sent before its body was read
+    "grace": 5,  # seconds that running turns get at shutdown
+    "console": 10_000,  # log lines waiting for a terminal that does not take them
+}
+
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+AFTER = re.compile(r"[0-9]{1,9}")
+
+ERRORS = {  # code of a problem (RFC 9457): HTTP status
+    "bad_request": 400, "invalid_json": 400, "invalid_field": 400, "not_found": 404, "session_not_found": 404,
+    "no_turn": 404, "method_not_allowed": 405, "session_busy": 409, "session_exists": 409, "turn_id_reused": 409,
+    "length_required": 411, "payload_too_large": 413, "uri_too_long": 414, "unsupported_media_type": 415,
+    "headers_too_large": 431, "internal_error": 500, "not_implemented": 501, "overloaded": 503,
+    "version_not_supported": 505,
+}  # fmt: skip
+
+STREAM_ERRORS = {  # code of an `error` event: (may the same POST help?, what to say where nobody knows more)
+    "model_error": (False, "The model gave no answer."),
+    "model_not_found": (False, "The model does not exist."),
+    "model_auth": (False, "The model's service refused the key."),
+    "model_overloaded": (True, "The model's service is overloaded. Try again in a moment."),
+    "model_blocked": (False, "The model's service blocked this message or its answer. Say it in other words."),
+    "model_cut": (True, "The model's answer was cut before its end. Send the same request again."),
+    "session_cleared": (False, "The session was cleared while this turn was running."),
+    "session_deleted": (False, "The session was deleted while this turn was running."),
+    "server_shutdown": (True, "The server is shutting down. Send the same request again when it is back."),
+    "internal_error": (True, "Something went wrong in the server; its log has the details."),
+}
+
+TURN: dict[str, dict[str, str]] = {  # state: {event: next state}; an event that is not listed is refused
+    "new": {"session_info": "opened"},
+    "opened": {"status": "running"},
+    "running": {"chunk": "running", "complete": "complete", "error": "failed"},
+    "complete": {},
+    "failed": {},
+}
+
+EVENTS = {  # an event's type and its fields ("?": only where known)
+    "session_info": "session_id turn_id model created timestamp",
+    "status": "message context_messages",
+    "chunk": "text chunk_number is_final timestamp",
+    "complete": "finish_reason total_chunks processing_time message_count usage? session_id turn_id timestamp",
+    "error": "code message retryable session_id turn_id timestamp",
+    "ping": "timestamp",
+}
+
+STREAM = "stream"  # in place of a route's answer fields: the answer is a stream of EVENTS
+HEALTH = "status model uptime_seconds total_requests successful_requests failed_requests active_sessions " \
+         "streaming_connections"  # fmt: skip
+
+
+class Route(NamedTuple):
+    """One endpoint; the function that serves it has the route's name, in `Endpoints`."""
+
+    name: str
+    method: str
+    path: str
+    summary: str
+    answer: str  # fields of the JSON answer, or STREAM, or a media type
+    body: str | None = None  # fields of the JSON body ("?": optional); None: no body is read as JSON
+    errors: str = ""  # codes, beside those that any request can get
+    query: str = ""
+
+
+ROUTES = (
+    Route("chat_stream", "POST", "/chat/stream", "Send a message; the answer comes as a stream", STREAM,
+          "message session_id? turn_id?", "session_busy turn_id_reused overloaded"),
+    Route("new_session", "POST", "/sessions/new", "Create a session", "session_id model timestamp",
+          "model_id? session_id?", "session_exists"),
+    Route("list_sessions", "GET", "/sessions", "List the sessions, last active first", "active_sessions sessions"),
+    Route("get_session", "GET", "/sessions/{session_id}", "One session and its history",
+          "session_id model message_count user_messages model_messages session_duration_seconds created_at "
+          "last_activity streaming messages latest_turn", errors="session_not_found"),
+    Route("delete_session", "DELETE", "/sessions/{session_id}", "Delete a session", "message",
+          errors="session_not_found"),
+    Route("resume_stream", "GET", "/sessions/{session_id}/stream", "Follow the latest turn, to its end or live", STREAM,
+          errors="invalid_field session_not_found no_turn", query="after"),
+    Route("stop_turn", "POST", "/sessions/{session_id}/stop", "Stop the running turn; what had left is kept",
+          "message stopped", "turn_id?", "session_not_found"),
+    Route("clear_session", "POST", "/sessions/{session_id}/clear", "Clear a session's history", "message",
+          errors="session_not_found"),
+    Route("health", "GET", "/health", "Is it alive, and what does it do", HEALTH),
+    Route("stats", "GET", "/stats", "Counters, averages and running turns",
+          f"{HEALTH} average_response_time start_time total_sessions_created total_chunks total_bytes "
+          "average_chunks_per_stream time_to_first_chunk streams framework"),
+    Route("index", "GET", "/", "What this server is and which endpoints it has",
+          "name version framework model features endpoints"),
+    Route("openapi", "GET", "/openapi.json", "This description, as OpenAPI 3.2", "application/json"),
+    Route("demo", "GET", "/demo", "The page", "text/html", errors="not_found"),
+    Route("docs", "GET", "/docs", "The page, opened at its API view", "text/html", errors="not_found"),
+    Route("debug", "GET", "/debug", "Threads, running turns, limits, the last errors (only with --debug)",
+          "threads running_turns limits last_errors", errors="not_found"),
+)  # fmt: skip
+
+METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}  # RFC 9110, 9.3; RFC 5789
+
+FEATURES = ["chunked transfer coding", "NDJSON events", "multi-turn sessions", "resume", "retry by turn_id", "stop"]
+
+TEXT, FLAG, OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
+COUNT, SECONDS = {"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0}
+TIME = {"type": "string", "format": "date-time"}
+IDENTIFIER = {"type": "string", "pattern": f"^{ID.pattern}$"}
+AVERAGE, OBJECTS = {"type": ["number", "null"]}, {"type": "array", "items": OBJECT}
+FIELDS: dict[str, dict] = {  # field: JSON Schema. A name means the same wherever it stands.
+    "session_id": IDENTIFIER, "turn_id": IDENTIFIER, "model": TEXT, "timestamp": TIME, "message": TEXT, "text": TEXT,
+    "model_id": {"type": "string", "pattern": f"^{MODEL_ID.pattern}$"},
+    "created": FLAG, "is_final": FLAG, "retryable": FLAG, "stopped": FLAG, "streaming": FLAG,
+    "context_messages": COUNT, "chunk_number": {"type": "integer", "minimum": 1}, "total_chunks": COUNT,
+    "message_count": COUNT, "user_messages": COUNT, "model_messages": COUNT, "processing_time": SECONDS,
+    "finish_reason": {"enum": ["stop", "length", "content_filter", "cancelled", "other"]},
+    "usage": {"type": "object", "properties": {f"{kind}_tokens": COUNT for kind in ("input", "output", "total")}},
+    "code": {"enum": [*STREAM_ERRORS]},
+    "active_sessions": COUNT, "sessions": OBJECTS, "session_duration_seconds": SECONDS, "created_at": TIME,
+    "last_activity": TIME, "messages": OBJECTS, "latest_turn": {"type": ["object", "null"]},
+    "status": {"const": "healthy"}, "uptime_seconds": COUNT, "total_requests": COUNT, "successful_requests": COUNT,
+    "failed_requests": COUNT, "streaming_connections": COUNT, "average_response_time": AVERAGE, "start_time": TIME,
+    "total_sessions_created": COUNT, "total_bytes": COUNT, "average_chunks_per_stream": AVERAGE,
+    "time_to_first_chunk": {"type": "object", "properties": {"p50": AVERAGE, "p95": AVERAGE}}, "streams": OBJECTS,
+    "framework": TEXT, "name": TEXT, "version": TEXT, "features": {"type": "array", "items": TEXT}, "endpoints": OBJECT,
+    "threads": {"type": "array", "items": TEXT}, "running_turns": OBJECTS, "limits": OBJECT, "last_errors": OBJECTS,
+    "after": {"type": "integer", "minimum": 0, "default": 0},
+}  # fmt: skip
+
+
+class Refused(Exception):
+    """A request that gets no stream: a code of ERRORS, a sentence that says what to do, and extra header fields."""
+
+    def __init__(self, code: str, detail: str, **headers: str) -> None:
+        super().__init__(code, detail)
+        self.code, self.detail, self.headers = code, detail, headers
+
+
+class TurnError(Exception):
+    """How a turn fails: a code of STREAM_ERRORS and a sentence (at most 1,000 characters, and never a key)."""
+
+    def __init__(self, code: str, text: str = "") -> None:
+        super().__init__(code, text)
+        self.code, self.text = code, (text or STREAM_ERRORS[code][1])[: LIMITS["error_message"]]
+
+
+class Finish(NamedTuple):
+    """How a turn completes: a finish_reason, and {input,output,total}_tokens where the model tells."""
+
+    reason: str
+    usage: dict[str, int] | None = None
+
+
+class Message(NamedTuple):
+    """One entry of a history."""
+
+    role: str  # user or model
+    text: str
+    timestamp: str
+    turn_id: str
+
+
+Outcome = Finish | TurnError
+Model = Callable[[list[Message]], Iterator["str | Finish"]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line sets. Times are in seconds."""
+
+    model: str = "offline"
+    chunk_words: int = 4
+    chunk_delay: float = 0.1
+    resume_window: float = 30
+    heartbeat: float = 10
+    debug: bool = False
+    log: str = "full"
+
+
+# ---- wire: event -> line -> transfer chunk. It knows no turns. -------------------------------------------------------
+
+LAST_TRANSFER_CHUNK = b"0\r\n\r\n"
+
+
+def clock() -> int:
+    """Microseconds on the monotonic clock. Whole numbers, so that a pace of 0.1 s is never 0.099999 s."""
+    return time.monotonic_ns() // 1000
+
+
+def wall_clock() -> int:
+    """Microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+def stamp(microseconds: int) -> str:
+    """A moment of the wall clock in ISO 8601: UTC, six decimals, +00:00."""
+    return f"{_second(microseconds // 1_000_000)}.{microseconds % 1_000_000:06d}+00:00"
+
+
+@lru_cache(maxsize=64)  # most events of a second share its first 19 characters
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def encode(**event: Any) -> bytes:
+    """An event as a line: one JSON object in pure ASCII, ended by a newline."""
+    return json.dumps(event, separators=(",", ":")).encode() + b"\n"
+
+
+def encode_chunk(text: str, number: int, is_final: bool, timestamp: str) -> bytes:
+    """The same for the one event there are many of, at twice the speed."""
+    return b'{"type":"chunk","text":%b,"chunk_number":%d,"is_final":%b,"timestamp":"%b"}\n' % (
+        json.dumps(text).encode(), number, b"true" if is_final else b"false", timestamp.encode())  # fmt: skip
+
+
+def transfer_chunk(data: bytes) -> bytes:
+    """RFC 9112, section 7.1: size in hex, CRLF, data, CRLF."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def cut(piece: str, words: int) -> list[str]:
+    """A piece cut into texts of at most `words` words; joined, they are the piece again, but for lone surrogates."""
+    piece = re.sub("[\ud800-\udfff]", "\ufffd", piece)
+    size = LIMITS["chunk"]
+    texts = re.findall(rf"\s*(?:\S+\s*){{1,{min(words, size)}}}|\s+", piece)
+    return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
+
+
+# ---- turn: a log of lines that anyone may follow. It knows no sockets, no HTTP and no models. ------------------------
+
+
+class Turn:
+    """One user message and its answer, as a log of lines, each with the moment from which it may be read.
+
+    The model may run ahead of the clock; readers never do. `changed` is the lock of the session and its turns.
+    """
+
+    def __init__(self, session: Session, turn_id: str, message: str, context_messages: int, created: bool = False,
+                 delay: float = 0, client: str = "") -> None:  # fmt: skip
+        self.changed = session.changed
+        self.session_id, self.turn_id, self.message, self.client = session.session_id, turn_id, message, client
+        self.context_messages = context_messages
+        self.delay = math.ceil(delay * 1e6)
+        self.started = clock()
+        self.epoch = wall_clock() - self.started  # one offset a turn: no step of the wall clock shows in its timestamps
+        self.state = "new"
+        self.lines: list[bytes] = []  # session_info, status, then a line for each chunk
+        self.moments: list[int] = []  # of each line, ascending
+        self.texts: list[str] = []  # of each chunk
+        self.held: tuple[str, int] | None = None  # the last chunk's text and moment, once the model is done
+        self.terminal = b""  # the terminal event's line
+        self.finish: Finish | None = None  # of a complete turn
+        self.ended, self.processing_time = 0, 0.0
+        self.heard: int | None = self.started  # the model's last sign of life; None when it is done
+        self.readers = 0
+        self.left: int | None = None  # when the last reader left
+        self.logged = 0  # chunks that the console has shown
+        self._append("session_info", self.started, encode(
+            type="session_info", session_id=self.session_id, turn_id=turn_id, model=session.model, created=created,
+            timestamp=self.stamp(self.started)))  # fmt: skip
+        self._append("status", self.started, encode(
+            type="status", message="Generating response...", context_messages=context_messages))  # fmt: skip
+
+    @property
+    def running(self) -> bool:
+        return self.state == "running"
+
+    @property
+    def answer(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the history gains it: it completed, and was not stopped before its first word."""
+        return self.finish is not None and (self.answer != "" or self.finish.reason != "cancelled")
+
+    def stamp(self, moment: int) -> str:
+        return stamp(self.epoch + moment)
+
+    def chunks(self) -> int:
+        """How many chunks have left: those whose moment has come."""
+        return bisect_right(self.moments, clock()) - 2
+
+    def _step(self, event: str) -> bool:
+        state = TURN[self.state].get(event)
+        self.state = state or self.state
+        return state is not None
+
+    def _append(self, event: str, moment: int, line: bytes) -> bool:
+        if not self._step(event):
+            return False
+        self.lines.append(line)
+        self.moments.append(moment)
+        return True
+
+    def _append_chunk(self, text: str, moment: int, is_final: bool = False) -> bool:
+        line = encode_chunk(text, len(self.texts) + 1, is_final, self.stamp(moment))
+        if added := self._append("chunk", moment, line):
+            self.texts.append(text)
+        return added
+
+    def add(self, text: str) -> bool:
+        """Add a chunk at the pace; False where the turn has ended, and the text comes too late."""
+        with self.changed:
+            now, last = clock(), self.moments[-1]
+            added = self._append_chunk(text, max(now, last + self.delay) if self.texts else now)
+            if last <= now:  # else readers wait for an earlier line's moment, and wake up by themselves
+                self.changed.notify_all()
+            return added
+
+    def wait_for_pace(self, hold: bool) -> None:
+        """Return when the last chunk's moment has come, or the turn has ended.
+
+        `hold` keeps the last chunk back, if it has not left, so that it can leave as the final one, in one step
+        with the end.
+        """
+        with self.changed:
+            self.heard = None
+            last = self.moments[-1]
+            if hold and last > clock() and self.running:
+                self.held = self.texts.pop(), self.moments.pop()
+                self.lines.pop()
+            while self.running and (left := last - clock()) > 0:
+                self.changed.wait(left / 1e6)
+
+    def end(self, outcome: Outcome, processing_time: float | None = None) -> bool:
+        """End the log: what has not left is cut off, and the terminal event follows. False where it had ended."""
+        with self.changed:
+            if not self.running:
+                return False
+            self.ended = now = clock()
+            self.processing_time = (now - self.started) / 1e6 if processing_time is None else processing_time
+            left = bisect_right(self.moments, now)
+            del self.lines[left:], self.moments[left:], self.texts[left - 2 :]
+            event: dict[str, Any] = self._complete(outcome) if isinstance(outcome, Finish) else {
+                "type": "error", "code": outcome.code, "message": outcome.text,
+                "retryable": STREAM_ERRORS[outcome.code][0]}  # fmt: skip
+            self._step(event["type"])
+            self.terminal = encode(**event, session_id=self.session_id, turn_id=self.turn_id, timestamp=self.stamp(now))
+            self.changed.notify_all()
+            return True
+
+    def _complete(self, finish: Finish) -> dict[str, Any]:
+        """Add the final chunk: an empty one where the end was not known when the last text left."""
+        self.finish = finish
+        text, moment = self.held if self.held and self.held[1] <= self.ended else ("", self.ended)
+        self._append_chunk(text, moment, is_final=True)
+        return {"type": "complete", "finish_reason": finish.reason, "total_chunks": len(self.texts),
+                "processing_time": self.processing_time, "message_count": self.context_messages + 2 * self.kept,
+                **({"usage": finish.usage} if finish.usage else {})}  # fmt: skip
+
+    def follow(self, after: int = 0, heartbeat: float = 10) -> Generator[list[bytes], None, None]:
+        """Yield the lines that may be read, as many at a time as there are, without chunks 1 to `after`.
+
+        Lives until the terminal event has been yielded; an empty list tells of `heartbeat` seconds of silence.
+        """
+        with self.changed:
+            self.readers += 1
+        try:
+            at, spoken, ended = 0, clock(), False
+            while not ended:
+                with self.changed:
+                    now = clock()
+                    ready = bisect_right(self.moments, now)
+                    lines = self.lines[at:2] + self.lines[max(at, 2 + after) : ready]
+                    at, ended = ready, bool(self.terminal)
+                    wake = min([spoken + int(heartbeat * 1e6), *self.moments[at : at + 1]])
+                    if not lines and not ended and now < wake:
+                        self.changed.wait((wake - now) / 1e6)
+                        continue
+                yield [*lines, self.terminal] if ended else lines
+                spoken = clock()
+        finally:
+            with self.changed:
+                self.readers -= 1
+                if not self.readers:
+                    self.left = clock()
+
+
+def run_turn(turn: Turn, model: Model, history: list[Message], words: int,
+             end: Callable[[Turn, Outcome], Any]) -> None:  # fmt: skip
+    """Run a model into a turn, in a thread of its own. A turn that was ended meanwhile takes nothing more."""
+    outcome: Outcome = TurnError("model_cut")
+    try:
+        for piece in model(history):
+            if not turn.running:
+                return
+            if isinstance(piece, Finish):
+                outcome = piece
+                break
+            turn.heard = clock()
+            if not all(map(turn.add, cut(piece, words))):
+                return
+        if isinstance(outcome, Finish) and not turn.texts:
+            if outcome.reason == "content_filter":
+                outcome = TurnError("model_blocked")
+            elif outcome.reason == "stop":
+                outcome = TurnError("model_error", "The model ended its answer without a word. Ask again.")
+    except TurnError as error:
+        outcome = error
+    except Exception as error:
+        outcome = TurnError("internal_error")
+        outcome.__cause__ = error
+    turn.wait_for_pace(hold=isinstance(outcome, Finish))
+    end(turn, outcome)
+
+
+# ---- sessions: what is remembered, and who may begin a turn. It knows no HTTP and nothing of a model's inside. -------
+
+
+class PastTurn(NamedTuple):
+    """A turn as the history keeps it: enough to stream it again when its log is gone."""
+
+    turn_id: str
+    message: str
+    sent: str  # timestamp
+    answer: str
+    answered: str  # timestamp
+    finish: Finish
+    processing_time: float  # seconds
+
+
+class Session:
+    """One conversation: an id, a model, a history of whole turns, and at most one running turn.
+
+    `changed` is its lock, and its turns' too: the end of a turn, the history and the end of busy are seen as one.
+    """
+
+    def __init__(self, session_id: str, model: str) -> None:
+        self.session_id, self.model = session_id, model
+        self.changed = threading.Condition()
+        self.created_at = self.last_activity = wall_clock()
+        self.history: list[PastTurn] = []
+        self.latest: Turn | None = None  # while it runs, and while its log is kept
+        self.unclaimed = False  # made by a POST /chat/stream that has not begun its turn yet
+        self.deleted = False
+
+    @property
+    def running(self) -> Turn | None:
+        return self.latest if self.latest and self.latest.running else None
+
+    def messages(self) -> list[Message]:
+        return [
+            Message(*message, turn.turn_id)
+            for turn in self.history
+            for message in (("user", turn.message, turn.sent), ("model", turn.answer, turn.answered))
+        ]
+
+    def known_turn(self, turn_id: str | None, message: str) -> Turn | PastTurn | None:
+        """The turn that a POST with this turn_id repeats. A failed one is free for another run and any message."""
+        if turn_id is None:
+            return None
+        turns: list[Turn | PastTurn] = [*self.history]
+        if self.latest and self.latest.state != "failed":
+            turns.append(self.latest)
+        known = next((turn for turn in reversed(turns) if turn.turn_id == turn_id), None)
+        if known and known.message != message:
+            raise Refused("turn_id_reused", f"The turn {turn_id} has another message. Take a new turn_id.")
+        return known
+
+    def _facts(self) -> dict[str, Any]:
+        return {"session_id": self.session_id, "model": self.model, "message_count": 2 * len(self.history),
+                "created_at": stamp(self.created_at), "last_activity": stamp(self.last_activity),
+                "streaming": self.running is not None}  # fmt: skip
+
+    def summary(self) -> dict[str, Any]:
+        """One entry of GET /sessions."""
+        with self.changed:
+            return {**self._facts(), "duration_minutes": round((wall_clock() - self.created_at) / 60e6, 2)}
+
+    def details(self) -> dict[str, Any]:
+        """The answer of GET /sessions/{session_id}."""
+        with self.changed:
+            turn = self.latest
+            return {
+                **self._facts(),
+                "user_messages": len(self.history),
+                "model_messages": len(self.history),
+                "session_duration_seconds": round((wall_clock() - self.created_at) / 1e6, 3),
+                "messages": [message._asdict() for message in self.messages()],
+                "latest_turn": turn and {"turn_id": turn.turn_id, "state": turn.state, "message": turn.message,
+                                         "started": turn.stamp(turn.started), "chunks": turn.chunks()},
+            }  # fmt: skip
+
+
+class Counters:
+    """What /health and /stats count. Turns are running, successful or failed, so the totals always balance."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.start_time, self.started = wall_clock(), clock()
+        self.running: dict[Turn, None] = {}  # in the order of their start
+        self.successful = self.failed = self.sessions_created = self.chunks = self.bytes = self.readers = 0
+        self.response_time = 0.0  # seconds, of all turns that have ended
+        self.first_chunks: deque[float] = deque(maxlen=1000)  # seconds from a turn's start to its first chunk
+
+    def begin(self, turn: Turn) -> None:
+        with self.lock:
+            self.running[turn] = None
+
+    def end(self, turn: Turn) -> None:
+        with self.lock:
+            del self.running[turn]
+            if turn.state == "complete":
+                self.successful += 1
+            else:
+                self.failed += 1
+            self.chunks += len(turn.texts)
+            self.bytes += sum(map(len, turn.lines)) + len(turn.terminal)
+            self.response_time += turn.processing_time
+            if turn.answer:
+                self.first_chunks.append((turn.moments[2] - turn.started) / 1e6)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count one connection that is being streamed to."""
+        with self.lock:
+            self.readers += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.readers -= 1
+
+    def totals(self) -> dict[str, int]:
+        with self.lock:
+            return {"total_requests": self.successful + self.failed + len(self.running),
+                    "successful_requests": self.successful, "failed_requests": self.failed,
+                    "streaming_connections": self.readers}  # fmt: skip
+
+    def averages(self) -> dict[str, Any]:
+        with self.lock:
+            ended, first = self.successful + self.failed, sorted(self.first_chunks)
+            return {
+                "average_response_time": round(self.response_time / ended, 6) if ended else None,
+                "total_sessions_created": self.sessions_created, "total_chunks": self.chunks, "total_bytes": self.bytes,
+                "average_chunks_per_stream": round(self.chunks / ended, 3) if ended else None,
+                "time_to_first_chunk": {f"p{percent}": first[len(first) * percent // 100] if first else None
+                                        for percent in (50, 95)},
+            }  # fmt: skip
+
+    def streams(self) -> list[dict[str, Any]]:
+        """One entry for each running turn."""
+        with self.lock:
+            turns = list(self.running)
+        return [{"session_id": turn.session_id, "turn_id": turn.turn_id, "started": turn.stamp(turn.started),
+                 "chunks": turn.chunks(), "readers": turn.readers, "client": turn.client}
+                for turn in turns]  # fmt: skip
+
+
+class Sessions:
+    """The lock-guarded dict of all sessions. Its lock is never held while a session's lock is waited for."""
+
+    def __init__(self, settings: Settings, console: Console, load: Callable[[str], Model]) -> None:
+        self.settings, self.console, self.load = settings, console, load
+        self.counters = Counters()
+        self.lock = threading.Lock()
+        self.sessions: dict[str, Session] = {}
+        self.closing = False
+
+    def __len__(self) -> int:
+        return len(self.sessions)
+
+    def all(self) -> list[Session]:
+        with self.lock:
+            return list(self.sessions.values())
+
+    def get(self, session_id: str) -> Session:
+        if not (session := self.sessions.get(session_id)):
+            raise Refused("session_not_found", "There is no such session. GET /sessions lists those that there are.")
+        return session
+
+    def create(self, session_id: str | None, model: str) -> Session:
+        with self.lock:
+            if session_id in self.sessions:
+                raise Refused("session_exists", f"The session {session_id} is there already. Take another session_id.")
+            return self._add(session_id, model)
+
+    def _add(self, session_id: str | None, model: str) -> Session:
+        session = Session(session_id or str(uuid.uuid4()), model)
+        self.sessions[session.session_id] = session
+        self.counters.sessions_created += 1
+        return session
+
+    def _get_or_add(self, session_id: str | None) -> Session:
+        with self.lock:
+            if session := self.sessions.get(session_id or ""):
+                return session
+            session = self._add(session_id, self.settings.model)
+            session.unclaimed = True
+            return session
+
+    def begin(self, message: str, session_id: str | None, turn_id: str | None, client: str) -> Turn:
+        """The turn that a POST follows: a running or complete one that it repeats, or a new one.
+
+        Raises Refused: turn_id_reused, session_busy, and overloaded while the server is shutting down.
+        """
+        while True:
+            session = self._get_or_add(session_id)
+            with session.changed:
+                if session.deleted:  # between the look-up and the lock
+                    continue
+                known = session.known_turn(turn_id, message)
+                if isinstance(known, PastTurn):
+                    return self._replay(session, known)
+                if known:
+                    return known
+                if session.running:
+                    raise Refused("session_busy", "A turn is running in this session. Wait for its end, or stop it.")
+                if self.closing:
+                    raise Refused("overloaded", "The server is shutting down. Try again when it is back.",
+                                  **{"Retry-After": str(LIMITS["grace"])})  # fmt: skip
+                turn = self._new_turn(session, message, turn_id, client)
+                history = [*session.messages(), Message("user", message, turn.stamp(turn.started), turn.turn_id)]
+            work = (turn, self.load(session.model), history, self.settings.chunk_words, partial(self.end, session))
+            threading.Thread(target=run_turn, args=work, name=f"turn {turn.turn_id}", daemon=True).start()
+            return turn
+
+    def _new_turn(self, session: Session, message: str, turn_id: str | None, client: str) -> Turn:
+        turn = Turn(session, turn_id or str(uuid.uuid4()), message, 2 * len(session.history), session.unclaimed,
+                    self.settings.chunk_delay, client)  # fmt: skip
+        session.latest, session.unclaimed, session.last_activity = turn, False, wall_clock()
+        self.counters.begin(turn)
+        self.console.log("stream_started", client=client, session=turn.session_id, turn=turn.turn_id,
+                         active=len(self.counters.running), message=message)  # fmt: skip
+        return turn
+
+    def _replay(self, session: Session, past: PastTurn) -> Turn:
+        """A turn whose log is gone, made again from the history, without pace."""
+        turn = Turn(session, past.turn_id, past.message, 2 * session.history.index(past))
+        *texts, last = cut(past.answer, self.settings.chunk_words) or [""]
+        for text in texts:
+            turn.add(text)
+        turn.held = last, turn.moments[-1]
+        turn.end(past.finish, past.processing_time)
+        return turn
+
+    def end(self, session: Session, turn: Turn, outcome: Outcome) -> bool:
+        """The end of a turn, in one step: last chunk, terminal event, history, counters and the end of busy.
+
+        False where it had ended: the first of completion, failure, stop, window, clear, delete and shutdown wins.
+        """
+        with session.changed:
+            if not turn.end(outcome):
+                return False
+            if turn.kept:
+                session.history.append(PastTurn(
+                    turn.turn_id, turn.message, turn.stamp(turn.started), turn.answer, turn.stamp(turn.ended),
+                    turn.finish, turn.processing_time))  # type: ignore[arg-type]  # a kept turn has one  # fmt: skip
+            session.last_activity = wall_clock()
+            self.counters.end(turn)
+            self._log_end(turn, outcome)
+            return True
+
+    def _log_end(self, turn: Turn, outcome: Outcome) -> None:
+        self.console.log_chunks(turn)
+        ended = {"session": turn.session_id, "turn": turn.turn_id, "chunks": len(turn.texts),
+                 "seconds": turn.processing_time, "active": len(self.counters.running)}  # fmt: skip
+        if isinstance(outcome, Finish):
+            self.console.log("stream_ended", **ended, status=outcome.reason)
+        else:
+            self.console.log("stream_ended", **ended, status="failed", error=outcome.code, detail=outcome.text)
+            if outcome.__cause__:
+                self.console.crash(outcome.__cause__)
+
+    def stop(self, session_id: str, turn_id: str | None) -> bool:
+        """Stop the running turn, if it is the one named or none is named. True where this ended a turn."""
+        session = self.get(session_id)
+        with session.changed:
+            turn = session.running
+            return turn is not None and turn_id in (None, turn.turn_id) and self.end(session, turn, Finish("cancelled"))
+
+    def _abort(self, session: Session, code: str) -> None:
+        if turn := session.running:
+            self.end(session, turn, TurnError(code))
+
+    def clear(self, session_id: str) -> None:
+        session = self.get(session_id)
+        with session.changed:
+            self._abort(session, "session_cleared")
+            session.history, session.latest = [], None
+            session.last_activity = wall_clock()
+
+    def delete(self, session_id: str) -> None:
+        with self.lock:
+            session = self.get(session_id)
+            del self.sessions[session_id]
+        with session.changed:
+            session.deleted = True
+            self._abort(session, "session_deleted")
+
+    def sweep(self) -> None:
+        """What the clock ends: turns without readers, turns of a silent model, logs that are no longer kept."""
+        for session in self.all():
+            if not session.latest:
+                continue
+            with session.changed:
+                if turn := session.latest:
+                    self._sweep(session, turn)
+
+    def _sweep(self, session: Session, turn: Turn) -> None:
+        window, now = self.settings.resume_window * 1e6, clock()
+        if not turn.running:
+            if now - turn.ended >= window:
+                session.latest = None
+        elif not turn.readers and turn.left is not None and now - turn.left >= window:
+            self.end(session, turn, Finish("cancelled"))
+        elif turn.heard is not None and now - turn.heard >= LIMITS["model_silence"] * 1e6:
+            self.end(session, turn, TurnError("model_cut"))
+        else:
+            self.console.log_chunks(turn)
+
+    def close(self) -> None:
+        """Give running turns their grace, then end the rest, and give readers a second to take the end."""
+        self.closing = True
+        self._wait(LIMITS["grace"], lambda: not self.counters.running)
+        for session in self.all():
+            with session.changed:
+                self._abort(session, "server_shutdown")
+        self._wait(1, lambda: not self.counters.readers)
+
+    def _wait(self, seconds: float, done: Callable[[], bool]) -> None:
+        end = time.monotonic() + seconds
+        while not done() and time.monotonic() < end:
+            self.sweep()
+            time.sleep(0.02)
+
+
+# ---- models: a history -> an iterator of pieces, then one Finish; they raise TurnError. They know no HTTP, no events
+# ---- and no threads. ------------------------------------------------------------------------------------------------
+
+
+def offline(history: list[Message]) -> Iterator[str | Finish]:
+    """Needs no key, no package and no network: repeats the message and says how many came before it."""
+    before = len(history) - 1
+    yield f"You said: {history[-1].text}\n\nThis is the offline model. {before} messages came before this one."
+    yield Finish("stop")
+
+
+# Gemini comes through google-genai, 1.17 or newer, which is imported (0.6 s) with the first answer. What its newest
+# version reads from the environment counts in every version.
+
+DEFAULT_GEMINI = "gemini-3.8-flash"
+GEMINI_RETRY_DELAYS = (1.0, 2.0)  # seconds before the second and the last try; not more, for the user is waiting
+GEMINI_RETRIED = (429, 500, 503)
+GEMINI_REFUSALS = {  # status → stream error code, and what to do about it; any other is model_error
+    401: ("model_auth", "Check GOOGLE_API_KEY or GEMINI_API_KEY, or the Google Cloud credentials."),
+    403: ("model_auth", "Check what GOOGLE_API_KEY or GEMINI_API_KEY, or the Google Cloud project, may use."),
+    404: ("model_not_found", "Name a model that is served, with --model or GENAI_MODEL_ID."),
+    429: ("model_overloaded", "Too many requests, or the quota is used up: try again later."),
+    503: ("model_overloaded", "The model is overloaded: try again later."),
+}
+GEMINI_FILTERS = ["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "ESCALATION"]
+GEMINI_FILTERS += ["IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"]
+FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length", **dict.fromkeys(GEMINI_FILTERS, "content_filter")}  # or other
+LOOKS_LIKE_A_KEY = re.compile(r"\b(AIza|AQ\.|ya29\.)[\w.-]{20,}")
+
+
+def gemini_keys() -> list[str]:
+    """The keys that are set; the first one counts. White space around a key came with pasting it."""
+    return [key for name in ("GOOGLE_API_KEY", "GEMINI_API_KEY") if (key := os.environ.get(name, "").strip())]
+
+
+def gemini_on_vertex() -> bool:
+    flag = os.environ.get("GOOGLE_GENAI_USE_ENTERPRISE", os.environ.get("GOOGLE_GENAI_USE_VERTEXAI", ""))
+    return flag.lower() in ("true", "1")
+
+
+def choose_model() -> str:
+    """The model where the command line names none."""
+    return os.environ.get("GENAI_MODEL_ID") or (DEFAULT_GEMINI if gemini_keys() or gemini_on_vertex() else "offline")
+
+
+def model_problem(model_id: str) -> str | None:
+    """What keeps a model from being used here, as a sentence, or None. Looks for google-genai without loading it."""
+    keys = gemini_keys()
+    if model_id == "offline":
+        return None
+    if not keys and not gemini_on_vertex():
+        return f"{model_id} needs an API key: set GEMINI_API_KEY or GOOGLE_API_KEY, or use --model offline."
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        return "GEMINI_API_KEY or GOOGLE_API_KEY holds characters that no key has: set it anew, or use --model offline."
+    try:
+        found = find_spec("google.genai")
+    except ModuleNotFoundError:  # there is no google package to look into
+        found = None
+    return None if found else f"{model_id} needs google-genai: pip install google-genai, or use --model offline."
+
+
+def without_keys(text: str) -> str:
+    """A text of the service on one line: first without keys, then short, so that no half of a key is left."""
+    for key in sorted(gemini_keys(), key=len, reverse=True):
+        text = text.replace(key, "[key]")
+    return " ".join(LOOKS_LIKE_A_KEY.sub("[key]", text).split())[:700]
+
+
+@cache
+def gemini_client() -> Any:
+    """One client for all turns: it is thread-safe, and making one costs 25 to 55 ms and a new TLS connection."""
+    # What the package prints (both keys are set, a finish reason is newer than it) would spoil the server's output.
+    logging.getLogger("google_genai").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"google\.genai")
+    from google import genai
+
+    version = os.environ.get("GOOGLE_GENAI_API_VERSION")
+    options: Any = {
+        "timeout": LIMITS["model_timeout"] * 1000,  # milliseconds
+        "api_version": None if version in ("", "beta") else version,  # 3.x knows "beta"; 1.17 asks for it by default
+        "client_args": {
+            # By default turns over 100 at once wait for a connection. httpx and httpx2 take anything with these names.
+            "limits": SimpleNamespace(max_connections=None, max_keepalive_connections=20, keepalive_expiry=5.0),
+            "event_hooks": {"response": [read_lines_well]},
+        },
+    }
+    keys, vertex = gemini_keys(), gemini_on_vertex()
+    project, location = os.environ.get("GOOGLE_CLOUD_PROJECT"), os.environ.get("GOOGLE_CLOUD_LOCATION")
+    access: dict[str, Any] = {"api_key": keys[0]} if keys else {}
+    if vertex and (project or location or not keys):
+        access = {"project": project, "location": location or "global"}
+    try:
+        return genai.Client(vertexai=vertex, **access, http_options=options)
+    except Exception as error:  # google-auth has many
+        raise TurnError("model_auth", f"No access to Google Cloud: {without_keys(str(error))}") from None
+
+
+def read_lines_well(response: Any) -> None:
+    """google-genai 1.17 takes a raw U+2028 in a text for the end of a line, and an error object in the middle of a
+    stream for an empty response. It reads by iter_lines (3.x no longer does), which gets its right meaning here."""
+    from google.genai.errors import APIError
+
+    def lines() -> Iterator[str]:
+        rest, error = b"", ""
+        for data in chain(response.iter_bytes(), [b"\n"]):
+            *whole, rest = (rest + data).split(b"\n")
+            for line in (line.decode(errors="replace").rstrip("\r") for line in whole):
+                if not line or (line.startswith("data: ") and not line.startswith('data: {"error"')):
+                    yield line
+                else:  # an error object is the last thing sent, in one line or in many without "data: "
+                    error += line.removeprefix("data: ")
+        if error:
+            raise APIError(0, json.loads(error))
+
+    response.iter_lines = lines
+
+
+def load_model(model_id: str) -> Model:
+    return offline if model_id == "offline" else gemini(model_id)
+
+
+def gemini(model_id: str) -> Model:
+    """A model served by Gemini."""
+
+    def answer(history: list[Message]) -> Iterator[str | Finish]:
+        # Gemini refuses a message without text.
+        contents = [{"role": message.role, "parts": [{"text": message.text}]} for message in history if message.text]
+        any_text, end, usage = False, None, None
+        for response in gemini_responses(model_id, contents):
+            text = gemini_text(response)
+            any_text = any_text or text != ""
+            end, usage = gemini_end(response) or end, gemini_usage(response) or usage
+            yield text
+        if end:
+            reason, word = end
+            if reason == "content_filter" and not any_text:
+                raise TurnError("model_blocked", f"Gemini blocked the message or the answer ({word}). Ask another way.")
+            yield Finish(reason, usage)
+
+    return answer
+
+
+def gemini_responses(model_id: str, contents: list[dict]) -> Iterator[Any]:
+    """google-genai's responses as they come; what may pass is tried again, but only before the first response."""
+    if problem := model_problem(model_id):
+        raise TurnError("model_auth", problem)
+    client = gemini_client()
+    for delay in (*GEMINI_RETRY_DELAYS, None):
+        started = False
+        try:
+            for response in client.models.generate_content_stream(model=model_id, contents=contents):
+                started = True
+                yield response
+            return
+        except Exception as error:  # the package's, httpx's or httpx2's, google-auth's, json's
+            if started or delay is None or getattr(error, "code", None) not in GEMINI_RETRIED:
+                raise gemini_error(model_id, error) from None  # a key may stand in what it was raised from
+        time.sleep(delay)
+
+
+def gemini_text(response: Any) -> str:
+    """The text of the first candidate. Thoughts are no part of the answer."""
+    content = response.candidates[0].content if response.candidates else None
+    parts = (content and content.parts) or []
+    return "".join(part.text for part in parts if part.text and not part.thought)
+
+
+def gemini_end(response: Any) -> tuple[str, str] | None:
+    """The finish reason and Gemini's word for it, which may come with any response: the last one counts."""
+    if response.prompt_feedback and response.prompt_feedback.block_reason:
+        return "content_filter", response.prompt_feedback.block_reason.value
+    word = response.candidates[0].finish_reason if response.candidates else None
+    if word in (None, "FINISH_REASON_UNSPECIFIED"):
+        return None
+    return FINISH_REASONS.get(word.value, "other"), word.value
+
+
+def gemini_usage(response: Any) -> dict | None:
+    usage = response.usage_metadata
+    if not usage:
+        return None
+    given = usage.prompt_token_count or 0
+    written = (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0)  # thoughts are paid for as output
+    return {"input_tokens": given, "output_tokens": written, "total_tokens": usage.total_token_count or given + written}
+
+
+def gemini_error(model_id: str, error: Exception) -> TurnError:
+    from google.auth.exceptions import DefaultCredentialsError, RefreshError
+    from google.genai.errors import APIError
+
+    name, text = type(error).__name__, without_keys(str(error))
+    if isinstance(error, APIError):
+        status = 401 if error.code == 400 and "API_KEY_INVALID" in str(error) else error.code
+        code, advice = GEMINI_REFUSALS.get(status, ("model_error", "The request failed."))
+        said = without_keys(str(error.message or error.status or "no reason"))
+        return TurnError(code, f"{model_id}: {advice} Gemini said: {error.code}, {said}")
+    if isinstance(error, (DefaultCredentialsError, RefreshError)):
+        return TurnError("model_auth", f"{model_id}: The Google Cloud credentials do not work: {text}")
+    if type(error).__module__.startswith(("httpx", "google.auth")):  # httpx2 in newer versions
+        return TurnError("model_cut", f"{model_id}: The connection broke or never came about ({name}: {text}).")
+    # Something unreadable came, most likely the first half of a line. The text may hold a part of the answer.
+    return TurnError("model_cut", f"{model_id}: What came could not be read ({name}).")
+
+
+# ---- request checks: pure functions that raise Refused. They know no sockets and no sessions. ------------------------
+
+
+class Request(NamedTuple):
+    """A request whose head and body have been read and whose route is known."""
+
+    params: dict[str, str]  # from the path
+    query: str
+    headers: Any  # a mapping with case-insensitive names
+    client: str  # IP address
+    base: str  # http://HOST:PORT, as the client calls this server
+    fields: dict[str, Any]  # of the JSON body; empty where the route takes none
+
+
+Paths = dict[re.Pattern, dict[str, Route]]  # path: {method: route}
+
+
+def make_paths(routes: Iterable[Route]) -> Paths:
+    """In the order of the routes: /sessions/new stands before /sessions/{session_id}."""
+    paths: Paths = {}
+    for route in routes:
+        methods = paths.setdefault(re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route.path)), {})
+        methods[route.method] = route
+        if route.method == "GET":
+            methods["HEAD"] = route
+    return paths
+
+
+def find_route(paths: Paths, method: str, path: str) -> tuple[Route | None, dict[str, str], str]:
+    """The route (None for OPTIONS), the path's parameters, and what the path allows."""
+    match = next((match for pattern in paths if (match := pattern.fullmatch(path))), None)
+    if not match:
+        raise Refused("not_found", f"There is nothing at {path[:200]}. GET / lists the endpoints.")
+    routes = paths[match.re]
+    allow = ", ".join([*routes, "OPTIONS"])
+    if method not in METHODS:
+        raise Refused("not_implemented", f"HTTP defines no such method. This path takes {allow}.")
+    if method not in routes and method != "OPTIONS":
+        raise Refused("method_not_allowed", f"This path takes {allow}.", Allow=allow)
+    return routes.get(method), {name: unquote(value) for name, value in match.groupdict().items()}, allow
+
+
+def check_media_type(value: str | None, base: str) -> None:
+    """curl -d says application/x-www-form-urlencoded unless told otherwise, and many clients say nothing."""
+    media_type = (value or "").partition(";")[0].strip().lower()
+    if media_type not in ("", "application/json", "application/x-www-form-urlencoded"):
+        raise Refused("unsupported_media_type", "Send JSON: curl -N -H 'Content-Type: application/json' "
+                      f"-d '{{\"message\":\"Hello\"}}' {base}/chat/stream")  # fmt: skip
+
+
+def check_body(route: Route, media_type: str | None, body: bytes, base: str) -> dict[str, Any]:
+    """The fields of a request's body. Where all of them are optional, so is the body."""
+    if route.body is None:
+        return {}
+    check_media_type(media_type, base)
+    if not body and all(name.endswith("?") for name in route.body.split()):
+        return {}
+    return check_json(body)
+
+
+def check_json(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object (RFC 8259). Python's reader takes more than JSON, and more than one can hold."""
+    try:
+        value = json.loads(body.decode(), parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise Refused("invalid_json", f"The body is no JSON that this server reads: {str(error)[:200]}.") from None
+    if not isinstance(value, dict):
+        raise Refused("invalid_field", 'The body must be a JSON object, such as {"message":"Hello"}.')
+    return value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError("a number is endless")
+    return number
+
+
+def check_id(fields: dict[str, Any], name: str, pattern: re.Pattern = ID) -> str | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise Refused("invalid_field", f"{name} must be a string of the form {pattern.pattern}.")
+    if (name, value) == ("session_id", "new"):
+        raise Refused("invalid_field", "session_id must not be new: /sessions/new is an endpoint.")
+    return value
+
+
+def check_message(fields: dict[str, Any]) -> str:
+    message = fields.get("message")
+    if not isinstance(message, str) or not message.strip():
+        raise Refused("invalid_field", "message must be a string that is not blank.")
+    if len(message) > LIMITS["message"]:
+        raise Refused("invalid_field", f"message must have at most {LIMITS['message']:,} characters.")
+    if re.search("[\ud800-\udfff]", message):
+        raise Refused("invalid_field", "message must not have lone surrogates: it could not be written as UTF-8.")
+    return message
+
+
+def check_after(query: str) -> int:
+    values = parse_qs(query, keep_blank_values=True).get("after", ["0"])
+    if len(values) > 1 or not AFTER.fullmatch(values[0]):
+        raise Refused("invalid_field", "after must be a number of 1 to 9 digits: the last chunk that you have.")
+    return int(values[0])
+
+
+# ---- console: banner, boxes and log lines. It knows nothing but what it is told. -------------------------------------
+
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+WIDTH = 62  # columns inside a box
+
+
+def escape(text: str) -> str:
+    """Text from outside, fit for a terminal and one line: control, bidi and line separator characters as escapes."""
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def columns(text: str) -> int:
+    """How many columns a terminal gives to a text: two for wide characters and emoji, none for marks."""
+    total = 0
+    for char, following in zip(text, text[1:] + " ", strict=True):
+        if unicodedata.category(char) not in ("Mn", "Me", "Cf"):
+            total += 2 if unicodedata.east_asian_width(char) in "WF" or following == "\ufe0f" else 1
+    return total
+
+
+def fit(text: str, width: int) -> str:
+    """The text in exactly `width` columns, shortened with an ellipsis or filled with spaces."""
+    if columns(text) > width:
+        while columns(text) > width - 3:
+            text = text[:-1]
+        text += "..."
+    return text + " " * (width - columns(text))
+
+
+def shorten(text: str, width: int) -> str:
+    return fit(text[: width + 1], width).rstrip()
+
+
+def box(title: str, rows: dict[str, Any]) -> str:
+    head = f"┌─ {title} "
+    lines = [f"│ {fit(f'{name}: {value}', WIDTH - 1)}│" for name, value in rows.items()]
+    return "\n".join([head + "─" * (WIDTH + 1 - columns(head)) + "┐", *lines, "└" + "─" * WIDTH + "┘"])
+
+
+def banner(rows: dict[str, Any]) -> str:
+    title = "📡 STREAMABLE HTTP CHAT SERVER 📡"
+    left = (WIDTH - columns(title)) // 2
+    lines = [f"║{fit(' ' * left + title, WIDTH)}║", "╠" + "═" * WIDTH + "╣"]
+    lines += [f"║  {fit(f'{name}: {value}', WIDTH - 2)}║" for name, value in rows.items()]
+    return "\n".join(["╔" + "═" * WIDTH + "╗", *lines, "╚" + "═" * WIDTH + "╝"])
+
+
+class Console:
+    """Writes what happens: boxes for a person at a terminal, else a line of key=value for each event.
+
+    A thread of its own does the writing, so that a terminal which takes nothing (a full pipe, Ctrl-S) holds back no
+    turn: past LIMITS["console"] waiting lines the rest is dropped.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.pretty = mode == "full" and sys.stdout.isatty()
+        self.colour = self.pretty and not os.environ.get("NO_COLOR")
+        if self.colour and os.name == "nt":
+            os.system("")  # makes a Windows console read escape sequences
+        self.errors: deque[dict[str, Any]] = deque(maxlen=20)
+        self.queue: Queue[tuple[Any, str] | None] = Queue(LIMITS["console"])
+        self.writer = threading.Thread(target=self._write, name="console", daemon=True)
+        self.writer.start()
+
+    def print(self, text: str, stream: Any = None) -> None:
+        with suppress(Full):
+            self.queue.put_nowait((stream or sys.stdout, text))
+
+    def _write(self) -> None:
+        while item := self.queue.get():
+            stream, text = item
+            with suppress(OSError):  # nobody reads it any more
+                print(text, file=stream, flush=True)
+
+    def close(self) -> bool:
+        """Whether all could be written within a second."""
+        with suppress(Full):
+            self.queue.put(None, timeout=1)
+            self.writer.join(1)
+        return not self.writer.is_alive()
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Log an event; in the mode `brief` without texts."""
+        now = wall_clock()
+        if "error" in fields:
+            self.errors.append({"timestamp": stamp(now), "event": event, **fields})
+        if self.mode == "off":
+            return
+        if self.pretty:
+            self.print(self._pretty(event, now, fields))
+            return
+        if self.mode == "brief":
+            fields = {name: value for name, value in fields.items() if name not in ("message", "text", "detail")}
+        words = [f"{name}={_word(value)}" for name, value in fields.items()]
+        self.print(" ".join([stamp(now), event, *words]))
+
+    def log_chunks(self, turn: Turn) -> None:
+        """Log the chunks that have left since the last call. The turn's lock is held."""
+        left = turn.chunks()
+        if self.mode == "full":
+            for number in range(turn.logged, left):
+                text, moment = turn.texts[number], turn.epoch + turn.moments[number + 2]
+                if self.pretty:
+                    self.print(f"📡 [{_local(moment)}] Chunk #{number + 1}: \"{shorten(escape(text), 60)}\"")
+                else:
+                    self.log("chunk", session=turn.session_id, turn=turn.turn_id, number=number + 1, text=text)
+        turn.logged = left
+
+    def crash(self, error: BaseException) -> None:
+        """Log what should not have happened, with its traceback, on standard error, whatever the mode."""
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        self.errors.append({"timestamp": stamp(wall_clock()), "event": "crash", "error": lines[-1]})
+        self.print("\n".join(map(escape, lines)), sys.stderr)
+
+    def _pretty(self, event: str, now: int, fields: dict[str, Any]) -> str:
+        fields = {name: escape(str(value)) for name, value in fields.items()}
+        if event == "stream_started":
+            return self._paint("36", "\n" + box(f"📡 HTTP STREAM STARTED [{_local(now)}]", {
+                "Client IP": fields["client"],
+                "Session": shorten(fields["session"], 11),
+                "Message": f'"{shorten(fields["message"], WIDTH - 14)}"',
+                "Active Streams": fields["active"],
+                "Transfer-Encoding": "chunked",
+            }))  # fmt: skip
+        if event == "stream_ended":
+            failed, status = "error" in fields, fields["status"]
+            title = "FAILED" if failed else "STOPPED" if status == "cancelled" else "COMPLETED"
+            return self._paint("31" if failed else "32", box(f"📡 HTTP STREAM {title} [{_local(now)}]", {
+                "Session": shorten(fields["session"], 11),
+                "Total Chunks": fields["chunks"],
+                "Total Time": f"{float(fields['seconds']):.3f}s",
+                "Active Streams": fields["active"],
+                "Status": f"FAILED ({fields['error']})" if failed else {"cancelled": "STOPPED"}.get(status, "SUCCESS"),
+            })) + "\n"  # fmt: skip
+        words = [f"{name}={value}" for name, value in fields.items()]
+        return self._paint("2", " ".join([f"[{_local(now)}]", event.replace("_", " "), *words]))
+
+    def _paint(self, colour: str, text: str) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if self.colour else text
+
+
+def _local(microseconds: int) -> str:
+    return datetime.fromtimestamp(microseconds / 1e6).strftime("%H:%M:%S.%f")[:-3]
+
+
+def _word(value: Any) -> str:
+    """A value for a log line: bare where it is one plain word, else as a JSON string, where nothing unsafe is left."""
+    return str(value) if re.fullmatch(r"[\w.:/+-]+", str(value), re.ASCII) else json.dumps(str(value))
+
+
+# ---- endpoints: one small function a route; request in, reply or stream out. They know no sockets. -------------------
+
+
+class Reply(NamedTuple):
+    """An answer whose length is known."""
+
+    status: int
+    headers: dict[str, str] = {}
+    body: bytes = b""
+
+
+class Stream(NamedTuple):
+    """An answer that follows a turn, without chunks 1 to `after`."""
+
+    turn: Turn
+    after: int = 0
+
+
+def reply_json(body: dict[str, Any]) -> Reply:
+    return Reply(200, {"Content-Type": "application/json"}, json.dumps(body).encode() + b"\n")
+
+
+def problem(refused: Refused) -> Reply:
+    """RFC 9457, problem details."""
+    status = ERRORS[refused.code]
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": refused.detail,
+            "code": refused.code}  # fmt: skip
+    headers = {"Content-Type": "application/problem+json", **refused.headers}
+    return Reply(status, headers, json.dumps(body).encode() + b"\n")
+
+
+def reply_cached(request: Request, media_type: str, body: bytes) -> Reply:
+    """RFC 9110, section 13.1.2: 304 for who has these bytes already."""
+    etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
+    if etag in known or "*" in known:
+        return Reply(304, {"ETag": etag})
+    return Reply(200, {"Content-Type": media_type, "ETag": etag, "Cache-Control": "no-cache"}, body)
+
+
+class Endpoints:
+    """The functions that ROUTES names."""
+
+    def __init__(self, settings: Settings, sessions: Sessions, console: Console) -> None:
+        self.settings, self.sessions, self.console = settings, sessions, console
+        self.routes = [route for route in ROUTES if settings.debug or route.name != "debug"]
+        self.paths = make_paths(self.routes)
+
+    def chat_stream(self, request: Request) -> Stream:
+        message = check_message(request.fields)
+        session_id, turn_id = check_id(request.fields, "session_id"), check_id(request.fields, "turn_id")
+        if turn_id and not session_id:
+            raise Refused("invalid_field", "turn_id needs a session_id: it names a turn of one session.")
+        try:
+            return Stream(self.sessions.begin(message, session_id, turn_id, request.client))
+        except Refused as refused:
+            if refused.code == "session_busy":
+                refused.detail += f" This stops it: curl -X POST {request.base}/sessions/{session_id}/stop"
+            raise
+
+    def new_session(self, request: Request) -> Reply:
+        session_id, model = check_id(request.fields, "session_id"), check_id(request.fields, "model_id", MODEL_ID)
+        if model and (trouble := model_problem(model)):
+            raise Refused("invalid_field", trouble)
+        session = self.sessions.create(session_id, model or self.settings.model)
+        return reply_json({"session_id": session.session_id, "model": session.model,
+                           "timestamp": stamp(session.created_at)})  # fmt: skip
+
+    def list_sessions(self, request: Request) -> Reply:
+        sessions = sorted(self.sessions.all(), key=lambda session: session.last_activity, reverse=True)
+        return reply_json({"active_sessions": len(sessions), "sessions": [each.summary() for each in sessions]})
+
+    def get_session(self, request: Request) -> Reply:
+        return reply_json(self.sessions.get(request.params["session_id"]).details())
+
+    def delete_session(self, request: Request) -> Reply:
+        self.sessions.delete(request.params["session_id"])
+        return reply_json({"message": "The session is deleted."})
+
+    def resume_stream(self, request: Request) -> Stream:
+        after, session = check_after(request.query), self.sessions.get(request.params["session_id"])
+        if not (turn := session.latest):
+            raise Refused("no_turn", "No log is kept of a turn in this session. GET the session for its history.")
+        return Stream(turn, after)
+
+    def stop_turn(self, request: Request) -> Reply:
+        stopped = self.sessions.stop(request.params["session_id"], check_id(request.fields, "turn_id"))
+        return reply_json({"message": "The turn is stopped." if stopped else "No such turn was running.",
+                           "stopped": stopped})  # fmt: skip
+
+    def clear_session(self, request: Request) -> Reply:
+        self.sessions.clear(request.params["session_id"])
+        return reply_json({"message": "The session's history is cleared."})
+
+    def _health(self) -> dict[str, Any]:
+        counters = self.sessions.counters
+        return {"status": "healthy", "model": self.settings.model,
+                "uptime_seconds": (clock() - counters.started) // 1_000_000, **counters.totals(),
+                "active_sessions": len(self.sessions)}  # fmt: skip
+
+    def health(self, request: Request) -> Reply:
+        return reply_json(self._health())
+
+    def stats(self, request: Request) -> Reply:
+        counters = self.sessions.counters
+        return reply_json({**self._health(), "start_time": stamp(counters.start_time), **counters.averages(),
+                           "streams": counters.streams(), "framework": FRAMEWORK})  # fmt: skip
+
+    def index(self, request: Request) -> Reply:
+        return reply_json({
+            "name": "streamable HTTP chat", "version": VERSION, "framework": FRAMEWORK, "model": self.settings.model,
+            "features": FEATURES, "endpoints": {route.name: f"{route.method} {route.path}" for route in self.routes},
+        })  # fmt: skip
+
+    def openapi(self, request: Request) -> Reply:
+        return reply_cached(request, "application/json", json.dumps(describe(self.routes)).encode() + b"\n")
+
+    def demo(self, request: Request) -> Reply:
+        page = Path(__file__).with_name("demo.html")
+        if not page.is_file():
+            raise Refused("not_found", "The page is the file demo.html, and it is not beside streamchat_server.py.")
+        return reply_cached(request, "text/html; charset=utf-8", page.read_bytes())
+
+    docs = demo
+
+    def debug(self, request: Request) -> Reply:
+        return reply_json({"threads": [thread.name for thread in threading.enumerate()],
+                           "running_turns": self.sessions.counters.streams(), "limits": LIMITS,
+                           "last_errors": list(self.console.errors)})  # fmt: skip
+
+
+def describe(routes: list[Route]) -> dict[str, Any]:
+    """ROUTES and EVENTS as OpenAPI 3.2, where `itemSchema` describes one line of a stream."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    kinds = {kind: {"$ref": f"#/components/schemas/{kind}"} for kind in EVENTS}
+    schemas = {kind: _object(f"type {fields}", type={"const": kind}) for kind, fields in EVENTS.items()}
+    event = {"oneOf": list(kinds.values()), "discriminator": {"propertyName": "type"}}
+    return {
+        "openapi": "3.2.0",
+        "info": {"title": "Streamable HTTP chat", "version": VERSION},
+        "paths": paths,
+        "components": {"schemas": {**schemas, "event": event, "problem": _object(
+            "type title status detail code", type=TEXT, title=TEXT, status=COUNT, detail=TEXT,
+            code={"enum": [*ERRORS]})}},
+    }  # fmt: skip
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    inputs = [(name, "path") for name in re.findall(r"\{(\w+)\}", route.path)]
+    inputs += [(name, "query") for name in route.query.split()]
+    operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary}
+    operation["parameters"] = [
+        {"name": name, "in": place, "required": place == "path", "schema": FIELDS[name]} for name, place in inputs
+    ]
+    if route.body is not None:
+        content = {"application/json": {"schema": _object(route.body)}}
+        operation["requestBody"] = {"required": "message" in route.body, "content": content}
+    operation["responses"] = {"200": {"description": route.summary, "content": _content(route)}, **_refusals(route)}
+    return operation
+
+
+def _content(route: Route) -> dict[str, Any]:
+    if route.answer == STREAM:
+        return {"application/x-ndjson": {"itemSchema": {"$ref": "#/components/schemas/event"}}}
+    if "/" in route.answer:
+        return {route.answer: {}}
+    return {"application/json": {"schema": _object(route.answer)}}
+
+
+def _refusals(route: Route) -> dict[str, Any]:
+    codes = [*route.errors.split(), "bad_request", "payload_too_large", "internal_error"]
+    codes += ["invalid_json", "invalid_field", "unsupported_media_type"] if route.body is not None else []
+    answers: dict[str, Any] = {}
+    for code in dict.fromkeys(codes):
+        answer = answers.setdefault(str(ERRORS[code]), {"description": "", "content": {
+            "application/problem+json": {"schema": {"$ref": "#/components/schemas/problem"}}}})  # fmt: skip
+        answer["description"] += f", {code}" if answer["description"] else code
+    return answers
+
+
+def _object(fields: str, **schemas: Any) -> dict[str, Any]:
+    names = fields.split()
+    return {
+        "type": "object",
+        "properties": {name: (schemas or FIELDS).get(name) or FIELDS[name] for name in (n.rstrip("?") for n in names)},
+        "required": [name for name in names if not name.endswith("?")],
+    }
+
+
+# ---- handler: read, check, route, write. The only room that touches a socket; it knows no models and no histories. ---
+
+SEND_TIMEOUT = struct.pack("L", 1000 * LIMITS["send"]) if os.name == "nt" else struct.pack("ll", LIMITS["send"], 0)
+PARSER_ERRORS = {400: "bad_request", 414: "uri_too_long", 431: "headers_too_large", 505: "version_not_supported"}
+STREAM_HEADERS = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: requests in order, each answered by a reply, a stream or a problem."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        # In the kernel: settimeout() would add a poll() to every send, and bound reads too.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SEND_TIMEOUT)
+
+    def handle_one_request(self) -> None:
+        self.command, self.request_version = "", self.protocol_version
+        self.close_connection, self.body_read = True, False
+        try:
+            answer = self.answer()
+            if isinstance(answer, Stream):
+                self.write_stream(answer)
+            elif answer:
+                self.write_reply(answer)
+        except OSError as error:  # the peer left, or took nothing for too long
+            self.close_connection = True
+            self.server.console.log("client_left", client=self.client_address[0], reason=type(error).__name__)
+
+    def answer(self) -> Reply | Stream | None:
+        """Read one request and serve it; None where there is none."""
+        try:
+            if not self.read_head():
+                return None
+            path, _, query = self.path.partition("?")
+            route, params, allow = find_route(self.server.endpoints.paths, self.command, path)
+            body = self.read_body()
+            if route is None:
+                return Reply(204, {"Allow": allow})
+            base = self.base()
+            fields = check_body(route, self.headers.get("Content-Type"), body, base)
+            request = Request(params, query, self.headers, self.client_address[0], base, fields)
+            return getattr(self.server.endpoints, route.name)(request)
+        except Refused as refused:
+            return problem(refused)
+        except OSError:
+            raise
+        except Exception as error:
+            self.server.console.crash(error)
+            return problem(Refused("internal_error", "Something went wrong in the server; its log has the details."))
+
+    def read_head(self) -> bool:
+        self.raw_requestline = self.rfile.readline(LIMITS["request_line"] + 1)
+        if len(self.raw_requestline) > LIMITS["request_line"]:
+            raise Refused("uri_too_long", "The request line is too long.")
+        if not self.raw_requestline or not self.parse_request():
+            return False
+        if self.request_version == "HTTP/0.9":
+            raise Refused("bad_request", "The request line has no HTTP version.")
+        if self.request_version == "HTTP/1.0":
+            self.close_connection = True
+        self.body_read = "Transfer-Encoding" not in self.headers and self.headers.get("Content-Length", "0") == "0"
+        return True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server's parser calls; its own answer would be HTML."""
+        raise Refused(PARSER_ERRORS.get(code, "bad_request"), f"{message or 'This is not HTTP/1.1'}.")
+
+    def handle_expect_100(self) -> bool:
+        return True  # 100 Continue waits until the head has passed its checks: see read_body
+
+    def read_body(self) -> bytes:
+        if "Transfer-Encoding" in self.headers:
+            raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
+        length = self.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise Refused("bad_request", "Content-Length must be a number.")
+        if int(length) > LIMITS["body"]:
+            raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
+        if self.headers.get("Expect", "").lower() == "100-continue" and int(length):
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise ConnectionResetError("the body was cut short")
+        self.body_read = True
+        return body
+
+    def base(self) -> str:
+        """For the curl lines in details; a Host that is no plain name is not repeated."""
+        host = self.headers.get("Host", "")
+        return f"http://{host}" if re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host) else self.server.url
+
+    def write_head(self, status: int, headers: dict[str, str]) -> bytes:
+        if not self.body_read:
+            self.close_connection = True  # what follows on this connection would be the body
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {self.date_time_string()}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        lines += ["X-Content-Type-Options: nosniff"]
+        lines += [f"Connection: {'close' if self.close_connection else 'keep-alive'}"]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+    def write_reply(self, reply: Reply) -> None:
+        length = {} if reply.status in (204, 304) else {"Content-Length": str(len(reply.body))}
+        head = self.write_head(reply.status, {**reply.headers, **length})
+        self.connection.sendall(head if self.command == "HEAD" else head + reply.body)
+        if not self.body_read:
+            self.linger()
+
+    def write_stream(self, stream: Stream) -> None:
+        """Send a turn's lines as they may be read, each line a transfer chunk, all that are ready at once."""
+        chunked = self.request_version != "HTTP/1.0"
+        head = self.write_head(200, STREAM_HEADERS | ({"Transfer-Encoding": "chunked"} if chunked else {}))
+        if self.command == "HEAD":
+            self.connection.sendall(head)
+            return
+        follow = stream.turn.follow(stream.after, self.server.settings.heartbeat)
+        with self.server.sessions.counters.reading(), closing(follow):
+            for lines in follow:
+                lines = lines or [encode(type="ping", timestamp=stamp(wall_clock()))]
+                self.connection.sendall(head + b"".join(map(transfer_chunk, lines) if chunked else lines))
+                head = b""
+        if chunked:
+            self.connection.sendall(LAST_TRANSFER_CHUNK)
+
+    def linger(self) -> None:
+        """Read on for a moment: a close with unread bytes resets the connection, and the answer is lost on its way."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(LIMITS["linger"])
+        end = time.monotonic() + LIMITS["linger"]
+        with suppress(TimeoutError):
+            while self.connection.recv(65536) and time.monotonic() < end:
+                pass
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """A server that is bound and listens; `serve_forever()` serves."""
+
+    daemon_threads = True
+    request_queue_size = 1024  # a burst of connections waits; with the default of 5 most of 1,000 would fail
+    allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
+    allow_reuse_port = False
+
+    def __init__(self, host: str, port: int, settings: Settings) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.settings = settings
+        super().__init__((host, port), Handler)
+        self.console = Console(settings.log)
+        self.sessions = Sessions(settings, self.console, load_model)
+        self.endpoints = Endpoints(settings, self.sessions, self.console)
+
+    @property
+    def url(self) -> str:
+        host, port = str(self.server_address[0]), self.server_address[1]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # http.server's own asks the resolver for this machine's name
+
+    def service_actions(self) -> None:
+        self.sessions.sweep()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if error := sys.exc_info()[1]:
+            self.console.crash(error)
+
+
+def make_server(host: str = "127.0.0.1", port: int = 8000, settings: Settings | None = None) -> Server:
+    """A server that is bound but does not serve yet, so that with port 0 its `url` is known first. Raises OSError."""
+    return Server(host, port, settings or Settings())
+
+
+def number(kind: type, low: float, high: float, open_low: bool = False) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high or (open_low and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in its error
+    return parse
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Chat with a language model over plain HTTP/1.1, streamed as newline-delimited JSON.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    option, defaults = parser.add_argument, Settings()
+    option("--host", default="127.0.0.1", help="address to listen at")
+    option("--port", type=number(int, 0, 65535), default=8000, help="0 takes a free one")
+    option("--model", metavar="ID", default=choose_model(), help="offline, or the name of a Gemini model")
+    option("--chunk-words", metavar="N", type=number(int, 1, math.inf), default=defaults.chunk_words,
+           help="words in a chunk at the most")  # fmt: skip
+    option("--chunk-delay", metavar="S", type=number(float, 0, 86400), default=defaults.chunk_delay,
+           help="seconds between chunks at the least; 0 turns the pace off")  # fmt: skip
+    option("--resume-window", metavar="S", type=number(float, 0, 1e9), default=defaults.resume_window,
+           help="seconds that a turn goes on without readers, and that a log is kept after its end")  # fmt: skip
+    option("--heartbeat", metavar="S", type=number(float, 0, 15, open_low=True), default=defaults.heartbeat,
+           help="seconds of silence after which a reader gets a ping")  # fmt: skip
+    option("--debug", action="store_true", help="serve /debug")
+    option("--log", choices=["full", "brief", "off"], default=defaults.log, help="brief logs no texts")
+    return parser.parse_args()
+
+
+def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where no emoji can be written
+    arguments = vars(parse_arguments())
+    host, port = arguments.pop("host"), arguments.pop("port")
+    if trouble := model_problem(arguments["model"]):
+        return fail(trouble)
+    try:
+        server = make_server(host, port, Settings(**arguments))
+    except (OSError, UnicodeError) as error:
+        return fail(f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}")
+    serve_until_signal(server)
+    say_goodbye(server)
+    if not server.console.close():
+        os._exit(0)  # the interpreter's own exit aborts while a thread is stuck in a write to standard output
+    return 0
+
+
+def fail(trouble: str) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {escape(trouble)}", file=sys.stderr)
+    return 2
+
+
+def serve_until_signal(server: Server) -> None:
+    """Serve in a thread; this one holds no lock, so that a signal may interrupt it anywhere."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.default_int_handler)
+    greet(server)
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, signal.SIG_IGN)
+    server.shutdown()
+    server.server_close()
+    server.sessions.close()
+
+
+def greet(server: Server) -> None:
+    console, settings = server.console, server.settings
+    if console.pretty:
+        console.print(banner({
+            "Model": settings.model,
+            "Framework": FRAMEWORK,
+            "Multi-turn": "ENABLED",
+            "Streaming": "CHUNKED HTTP",
+            "Status": "READY",
+        }))  # fmt: skip
+        console.print(f"Try: curl -N -d '{{\"message\":\"Hello\"}}' {server.url}/chat/stream")
+    else:
+        console.log("server_started", model=settings.model, framework=FRAMEWORK)
+    console.print(f"Serving on {server.url}")
+
+
+def say_goodbye(server: Server) -> None:
+    counters = server.sessions.counters
+    totals, averages = counters.totals(), counters.averages()
+    if server.console.pretty:
+        server.console.print("\n" + box("📊 HTTP STREAMING SERVER STATISTICS", {
+            "Server Uptime": timedelta(seconds=(clock() - counters.started) // 1_000_000),
+            "Total Requests": totals["total_requests"],
+            "Successful": totals["successful_requests"],
+            "Failed": totals["failed_requests"],
+            "Active Sessions": len(server.sessions),
+            "Total Sessions Created": averages["total_sessions_created"],
+            "Total Chunks": averages["total_chunks"],
+            "Avg Response Time": f"{averages['average_response_time'] or 0:.3f}s",
+        }))  # fmt: skip
+    else:
+        server.console.log("server_stopped", **totals, **{
+            name: averages[name] for name in ("total_sessions_created", "total_chunks", "average_response_time")
+        })  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -447,9 +447,9 @@ class Turn:
             return True
 
     def _complete(self, finish: Finish) -> dict[str, Any]:
-        """Add the final chunk: an empty one where the end was not known when the last text left."""
+        """Add the final chunk: an empty one where the end was not known when the last text left, or came before it."""
         self.finish = finish
-        text, moment = self.held if self.held and self.held[1] <= self.ended else ("", self.ended)
+        text, moment = self.held if self.held and finish.reason != "cancelled" else ("", self.ended)
         self._append_chunk(text, moment, is_final=True)
         return {"type": "complete", "finish_reason": finish.reason, "total_chunks": len(self.texts),
                 "processing_time": self.processing_time, "message_count": self.context_messages + 2 * self.kept,
@@ -734,10 +734,11 @@ class Sessions:
     def _replay(self, session: Session, past: PastTurn) -> Turn:
         """A turn whose log is gone, made again from the history, without pace."""
         turn = Turn(session, past.turn_id, past.message, 2 * session.history.index(past))
-        *texts, last = cut(past.answer, self.settings.chunk_words) or [""]
+        texts = cut(past.answer, self.settings.chunk_words)
+        last = texts.pop() if texts and past.finish.reason != "cancelled" else None
         for text in texts:
             turn.add(text)
-        turn.held = last, turn.moments[-1]
+        turn.held = (last, clock()) if last else None
         turn.end(past.finish, past.processing_time)
         return turn
 
@@ -1221,12 +1222,11 @@ class Console:
             with suppress(OSError):  # nobody reads it any more
                 print(text, file=stream, flush=True)
 
-    def close(self) -> bool:
-        """Whether all could be written within a second."""
+    def close(self) -> None:
+        """Return when all is written, or after a second."""
         with suppress(Full):
             self.queue.put(None, timeout=1)
             self.writer.join(1)
-        return not self.writer.is_alive()
 
     def log(self, event: str, **fields: Any) -> None:
         """Log an event; in the mode `brief` without texts."""
@@ -1274,13 +1274,14 @@ class Console:
         if event == "stream_ended":
             failed, status = "error" in fields, fields["status"]
             title = "FAILED" if failed else "STOPPED" if status == "cancelled" else "COMPLETED"
+            more = f"\n{fields['detail']}" if failed else ""
             return self._paint("31" if failed else "32", box(f"📡 HTTP STREAM {title} [{_local(now)}]", {
                 "Session": shorten(fields["session"], 11),
                 "Total Chunks": fields["chunks"],
                 "Total Time": f"{float(fields['seconds']):.3f}s",
                 "Active Streams": fields["active"],
                 "Status": f"FAILED ({fields['error']})" if failed else {"cancelled": "STOPPED"}.get(status, "SUCCESS"),
-            })) + "\n"  # fmt: skip
+            }) + more) + "\n"  # fmt: skip
         words = [f"{name}={value}" for name, value in fields.items()]
         return self._paint("2", " ".join([f"[{_local(now)}]", event.replace("_", " "), *words]))
 
@@ -1293,8 +1294,9 @@ def _local(microseconds: int) -> str:
 
 
 def _word(value: Any) -> str:
-    """A value for a log line: bare where it is one plain word, else as a JSON string, where nothing unsafe is left."""
-    return str(value) if re.fullmatch(r"[\w.:/+-]+", str(value), re.ASCII) else json.dumps(str(value))
+    """A value for a log line: bare where it is one plain word, else as a JSON string."""
+    plain = re.fullmatch(r"[\w.:/+-]+", str(value), re.ASCII)
+    return str(value) if plain else escape(json.dumps(str(value), ensure_ascii=False))
 
 
 # ---- endpoints: one small function a route; request in, reply or stream out. They know no sockets. -------------------
@@ -1710,9 +1712,8 @@ def main() -> int:
         return fail(f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}")
     serve_until_signal(server)
     say_goodbye(server)
-    if not server.console.close():
-        os._exit(0)  # the interpreter's own exit aborts while a thread is stuck in a write to standard output
-    return 0
+    server.console.close()
+    os._exit(0)  # the interpreter's own exit aborts where the console is stuck, and complains of a closed pipe
 
 
 def fail(trouble: str) -> int:

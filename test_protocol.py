@@ -1,0 +1,2769 @@
+"""The tests of streamable HTTP chat, and a conformance suite for any server that speaks it.
+
+    python -m pytest test_protocol.py
+    STREAMCHAT_URL=http://host:port python -m pytest test_protocol.py
+
+The first line tests `streamchat_server.py` beside this file: it starts servers of its own, on free ports, each with the
+flags that a test needs. The second tests the server at that address, whatever it is written in. It should run with a
+model that repeats the user's message (as the offline model does) and have no other visitors meanwhile, since the
+counters are tested too; what needs a server of our own is then skipped.
+
+Read it as the protocol's fine print. The suite trusts no HTTP library and none of the project's other files: it reads
+raw sockets with the strict reader below, `check_turn` holds every rule of a stream, and every test that streams goes
+through both. The rest is one class for each section of the README, whose tests are sentences of the protocol. The last
+class runs small broken servers, on which the reader or `check_turn` must fail.
+"""
+
+import contextlib
+import http.client
+import importlib.util
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+OUTSIDE = os.environ.get("STREAMCHAT_URL")
+SERVER = Path(__file__).with_name("streamchat_server.py")
+PATIENCE = 10                       # seconds; longer than anything here takes, shorter than a person waits
+LONG = "word " * 2000               # a turn that runs for 10 s at the pace of the `server` fixture
+
+
+# ---- The reader: raw sockets and HTTP/1.1. It knows framing, and nothing of sessions or turns.
+
+class Cut(Exception):
+    """The connection ended before the answer did."""
+
+
+class Head(NamedTuple):
+    status: int
+    headers: dict
+
+
+class Connection:
+    """A client's connection that takes what it reads literally. After `cut_after` bytes of it, it is cut."""
+
+    FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x21-\x7e](?:[\x20-\x7e\t]*[\x21-\x7e])?)?[ \t]*\r\n")
+
+    def __init__(self, address, cut_after=None, receive_buffer=None):
+        self.socket = socket.create_connection(address, PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if receive_buffer:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.file = self.socket.makefile("rb")
+        self.left = sys.maxsize if cut_after is None else cut_after
+        self.pings = []
+
+    def send(self, data):
+        self.socket.sendall(data)
+
+    def close(self):
+        self.file.close()
+        self.socket.close()
+
+    def abort(self):
+        """Close by a reset, as a machine that vanished would look: what was not read yet is lost."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def _read(self, read, size):
+        try:
+            data = read(min(size, self.left))
+        except ConnectionError as error:
+            raise Cut(str(error)) from error
+        self.left -= len(data)
+        return data
+
+    def take(self, size):
+        if len(data := self._read(self.file.read, size)) < size:
+            raise Cut(f"{len(data)} bytes of {size}")
+        return data
+
+    def take_line(self):
+        if not (line := self._read(self.file.readline, 65_537)).endswith(b"\n"):
+            assert len(line) < 65_537, "a line of the framing has no end"
+            raise Cut(f"in the line {line[:100]!r}")
+        assert line.endswith(b"\r\n"), f"a bare LF ends {line!r}"
+        return line.decode("latin-1")
+
+    def at_end(self):
+        return not self._read(self.file.read, 1)
+
+    def read_head(self):
+        status_line = self.take_line()
+        match = re.fullmatch(r"HTTP/1\.[01] ([1-5][0-9]{2}) [\x20-\x7e]*\r\n", status_line)
+        assert match, f"not a status line: {status_line!r}"
+        headers = {}
+        while (line := self.take_line()) != "\r\n":
+            field = self.FIELD.fullmatch(line)
+            assert field, f"not a field line: {line!r}"
+            name = field[1].lower()
+            assert name not in headers, f"{name} comes twice"
+            headers[name] = field[2] or ""
+        return Head(int(match[1]), headers)
+
+    def pieces(self, head):
+        """The bytes of the body as they come."""
+        length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
+        assert length is None or coding is None, "both Content-Length and Transfer-Encoding"
+        if coding is not None:
+            assert coding == "chunked", f"Transfer-Encoding: {coding}"
+            yield from self._transfer_chunks()
+        elif length is not None:
+            yield self.take(int(length))
+        else:
+            while piece := self._read(self.file.read1, 65_536):
+                yield piece
+
+    def _transfer_chunks(self):
+        while True:
+            size = self.take_line()
+            assert re.fullmatch(r"[0-9A-Fa-f]{1,8}\r\n", size), f"not the size of a transfer chunk: {size!r}"
+            if data := self.take(int(size, 16)):
+                yield data
+            end = self.take(2)
+            assert end == b"\r\n", f"{end!r} ends a transfer chunk"
+            if not data:
+                return
+
+    def lines(self, head):
+        """The raw lines of a stream, each as soon as it is whole. Pings are put aside: they are no part of a turn."""
+        rest = b""
+        for piece in self.pieces(head):
+            *whole, rest = (rest + piece).split(b"\n")
+            for line in whole:
+                if line and event_of(line)["type"] == "ping":
+                    self.pings.append(event_of(line))
+                elif line:
+                    yield line + b"\n"
+        assert not rest, f"the stream ends within a line: {rest[:100]!r}"
+
+
+class Response(NamedTuple):
+    status: int
+    headers: dict
+    body: bytes
+
+    @property
+    def media_type(self):
+        return self.headers["content-type"].partition(";")[0]
+
+    @property
+    def json(self):
+        assert self.media_type in ("application/json", "application/problem+json"), self
+        assert int(self.headers["content-length"]) == len(self.body)
+        return json.loads(self.body.decode("utf-8"))
+
+
+def http_request(method, path, *fields, body=None, version="HTTP/1.1"):
+    """The bytes of a request. `body` is bytes, or anything that JSON can say; None sends no body and no length."""
+    if body is not None:
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        fields = (*fields, f"Content-Length: {len(body)}")
+    return "\r\n".join([f"{method} {path} {version}", "Host: localhost", *fields, "", ""]).encode() + (body or b"")
+
+
+# ---- The rules of a stream. They know lines and events, and nothing of HTTP.
+
+def event_of(line):
+    """One line, one JSON object: pure ASCII, under 64 KiB, no key twice, nothing that JSON lacks."""
+    assert line.isascii() and len(line) < 65_535, f"not ASCII, or too long: {line[:100]!r}"
+    try:
+        event = json.loads(line, object_pairs_hook=no_key_twice, parse_constant=float)
+    except ValueError as error:
+        raise AssertionError(f"not a line of JSON: {line[:100]!r}") from error
+    assert isinstance(event, dict) and isinstance(event.get("type"), str), f"no event: {line[:100]!r}"
+    return event
+
+
+def no_key_twice(pairs):
+    assert len(dict(pairs)) == len(pairs), "a field comes twice"
+    return dict(pairs)
+
+
+def moment(timestamp):
+    return datetime.fromisoformat(timestamp)
+
+
+TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}\+00:00")
+SHAPES = {
+    "text": lambda value: isinstance(value, str),
+    "flag": lambda value: isinstance(value, bool),
+    "count": lambda value: type(value) is int and value >= 0,
+    "number": lambda value: type(value) in (int, float) and 0 <= value < float("inf"),
+    "id": lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value),
+    "time": lambda value: isinstance(value, str) and TIME.fullmatch(value) and moment(value),
+    "list": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+}
+
+
+@cache
+def shapes_of(fields):
+    return dict(field.split(":") for field in fields.split())
+
+
+def check_fields(value, fields):
+    """Exactly these fields, each of its shape; a `?` allows null."""
+    shapes = shapes_of(fields)
+    assert isinstance(value, dict) and set(value) == set(shapes), f"the fields of {value} are not {fields}"
+    for name, shape in shapes.items():
+        null = value[name] is None and shape.endswith("?")
+        assert null or SHAPES[shape.rstrip("?")](value[name]), f"{name} can't be {value[name]!r}"
+
+
+EVENTS = {
+    "session_info": "type:text session_id:id turn_id:id model:text created:flag timestamp:time",
+    "status": "type:text message:text context_messages:count",
+    "chunk": "type:text text:text chunk_number:count is_final:flag timestamp:time",
+    "complete": "type:text finish_reason:text total_chunks:count processing_time:number message_count:count "
+                "session_id:id turn_id:id timestamp:time",
+    "error": "type:text code:text message:text retryable:flag session_id:id turn_id:id timestamp:time",
+    "ping": "type:text timestamp:time",
+}
+USAGE = "input_tokens:count output_tokens:count total_tokens:count"
+FINISH_REASONS = {"stop", "length", "content_filter", "cancelled", "other"}
+STREAM_ERRORS = {               # code: is it retryable?
+    "model_error": False, "model_not_found": False, "model_auth": False, "model_overloaded": True,
+    "model_blocked": False, "model_cut": True, "session_cleared": False, "session_deleted": False,
+    "server_shutdown": True, "internal_error": True,
+}
+CLOCK = timedelta(milliseconds=1)   # two clocks are read for a timestamp: they may drift apart by so much
+
+
+class Turn(NamedTuple):
+    info: dict
+    status: dict
+    chunks: list
+    end: dict
+
+    @property
+    def text(self):
+        return "".join(chunk["text"] for chunk in self.chunks)
+
+
+def check_turn(lines, *, message="", delay=0.0, words=None, after=0, stored=False, **same):
+    """Hold the lines of one turn against every rule of the stream, and return its events.
+
+    `message` is the user's, `delay` and `words` the server's pace. `after`: a resume left out chunks 1 to `after`.
+    `stored`: the answer comes from the history, without pace. `same` are fields that session_info and the end share.
+    """
+    events = [event_of(line) for line in lines]
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["session_info", "status"], f"the stream begins with {kinds[:2]}"
+    assert kinds[-1] in ("complete", "error"), "the stream ends without a terminal event"
+    assert set(kinds[2:-1]) <= {"chunk"}, f"other events than chunks before the end: {set(kinds[2:-1])}"
+    for event in events:
+        if event["type"] == "complete" and "usage" in event:
+            check_fields(event["usage"], USAGE)
+            event = {name: event[name] for name in event if name != "usage"}
+        check_fields(event, EVENTS[event["type"]])
+    turn = Turn(events[0], events[1], events[2:-1], events[-1])
+    for name, value in {"session_id": turn.info["session_id"], "turn_id": turn.info["turn_id"], **same}.items():
+        assert turn.info[name] == value and turn.end.get(name, value) == value, f"another {name} than {value}"
+    check_chunks(turn, words, after)
+    if turn.end["type"] == "complete":
+        check_complete(turn, message, after)
+        if turn.end["finish_reason"] == "cancelled" and turn.chunks and not stored:
+            assert turn.chunks[-1]["text"] == "", "the last chunk of a cancelled turn is empty"
+    else:
+        assert turn.end["retryable"] is STREAM_ERRORS[turn.end["code"]], f"retryable is wrong for {turn.end['code']}"
+        assert 0 < len(turn.end["message"]) <= 1000, "an error's message has 1 to 1,000 characters"
+    if not stored:
+        check_times(turn, delay)
+    return turn
+
+
+def check_chunks(turn, words, after):
+    numbers = [chunk["chunk_number"] for chunk in turn.chunks]
+    assert numbers == list(range(after + 1, after + 1 + len(numbers))), f"chunk numbers have gaps: {numbers}"
+    for chunk in turn.chunks:
+        is_last_of_all = chunk is turn.chunks[-1] and turn.end["type"] == "complete"
+        assert chunk["is_final"] is is_last_of_all, f"is_final is wrong in chunk {chunk['chunk_number']}"
+        assert chunk["text"] or chunk["is_final"], "an empty chunk that is not the last"
+        assert len(chunk["text"]) <= 4096, "a chunk has more than 4,096 code points"
+        assert words is None or len(chunk["text"].split()) <= words, f"more than {words} words in a chunk"
+        assert not re.search("[\ud800-\udfff]", chunk["text"]), "a lone surrogate"
+
+
+def check_complete(turn, message, after):
+    end, before = turn.end, turn.status["context_messages"]
+    assert end["finish_reason"] in FINISH_REASONS, f"finish_reason can't be {end['finish_reason']}"
+    assert end["total_chunks"] >= 1, "a turn that completes has at least one chunk"
+    assert len(turn.chunks) == max(end["total_chunks"] - after, 0), "total_chunks is not the number of chunks"
+    if after == 0 and end["finish_reason"] == "stop":
+        assert message in turn.text, "the answer has lost some of the message"
+    if after == 0:
+        nothing_kept = end["finish_reason"] == "cancelled" and not turn.text
+        assert end["message_count"] == before + (0 if nothing_kept else 2), "message_count is wrong"
+
+
+def check_times(turn, delay):
+    times = [moment(event["timestamp"]) for event in (turn.info, *turn.chunks, turn.end)]
+    assert times == sorted(times), "timestamps run backwards"
+    for (earlier, later), chunk in zip(itertools.pairwise(times[1:-1]), turn.chunks[1:], strict=True):
+        if chunk["text"]:
+            assert later - earlier >= timedelta(seconds=delay) - CLOCK, f"chunks less than {delay} s apart"
+    if turn.end["type"] == "complete":
+        took = (times[-1] - times[0]).total_seconds()
+        assert abs(took - turn.end["processing_time"]) < 0.5, "processing_time is not the time from the start"
+
+
+def check_problem(response, status, code):
+    """RFC 9457: errors before a stream starts are problem details, with a fixed word as `code`."""
+    assert (response.status, response.media_type) == (status, "application/problem+json"), response
+    problem = response.json
+    check_fields(problem, "type:text title:text status:count detail:text code:text")
+    assert (problem["type"], problem["status"], problem["code"]) == ("about:blank", status, code), problem
+    assert problem["title"] and problem["detail"].strip(), problem
+    return problem
+
+
+# ---- Servers: one that we know only by its address, or one of our own.
+
+class Stream:
+    """The answer to a POST /chat/stream or a GET …/stream: its head is checked, its lines are read when asked for."""
+
+    def __init__(self, connection, pace, connection_field="keep-alive", coding="chunked"):
+        self.connection, self.pace = connection, pace
+        self.head = connection.read_head()
+        assert self.head.status == 200, connection.file.read1()
+        expected = {"content-type": "application/x-ndjson", "cache-control": "no-cache", "x-accel-buffering": "no",
+                    "x-content-type-options": "nosniff", "connection": connection_field, "transfer-encoding": coding}
+        assert {name: self.head.headers.get(name) for name in expected} == expected
+        assert "content-length" not in self.head.headers
+        self.lines = []
+        self.coming = connection.lines(self.head)
+
+    def read(self, count=None):
+        """Read the next `count` lines, or all that come."""
+        for line in itertools.islice(self.coming, count):
+            self.lines.append(line)
+        return self
+
+    def read_until(self, kind, number=1):
+        """Read to the `number`th event of a type, and not a byte further."""
+        while number:
+            self.read(1)
+            number -= event_of(self.lines[-1])["type"] == kind
+        return event_of(self.lines[-1])
+
+    def abort(self):
+        self.connection.abort()
+
+    def check(self, **expected):
+        """Read to the end and close; the turn must follow all rules."""
+        self.read()
+        self.connection.close()
+        return check_turn(self.lines, **(self.pace | expected))
+
+
+class Server:
+    def __init__(self, host, port, flags=()):
+        self.address = (host, port)
+        options = dict(zip(flags[::2], flags[1::2], strict=False))
+        self.pace = {} if OUTSIDE else {"delay": float(options.get("--chunk-delay", 0.1)),
+                                        "words": int(options.get("--chunk-words", 4))}
+
+    def connect(self, **kind):
+        return Connection(self.address, **kind)
+
+    def request(self, method, path, body=None, headers=()):
+        connection = self.connect()
+        connection.send(http_request(method, path, *headers, body=body))
+        return self.response(connection, method)
+
+    def response(self, connection, method="GET", close=True):
+        head = connection.read_head()
+        bodiless = method == "HEAD" or head.status in (204, 304)
+        response = Response(*head, b"" if bodiless else b"".join(connection.pieces(head)))
+        if close:
+            connection.close()
+        return response
+
+    def get(self, path):
+        response = self.request("GET", path)
+        assert (response.status, response.media_type) == (200, "application/json"), response
+        return response.json
+
+    def open(self, method, path, body=None, **kind):
+        connection = self.connect(**kind)
+        connection.send(http_request(method, path, body=body))
+        return Stream(connection, self.pace)
+
+    def chat(self, message, **fields):
+        return self.open("POST", "/chat/stream", {"message": message, **fields})
+
+    def follow(self, session, after=None):
+        return self.open("GET", f"/sessions/{session}/stream" + ("" if after is None else f"?after={after}"))
+
+    def turn(self, message, **fields):
+        return self.chat(message, **fields).check(message=message, **fields)
+
+    def stop(self, session, **body):
+        response = self.request("POST", f"/sessions/{session}/stop", body or None)
+        assert response.status == 200, response
+        check_fields(response.json, "message:text stopped:flag")
+        return response.json["stopped"]
+
+    def session(self, session):
+        return self.get(f"/sessions/{session}")
+
+    def history(self, session):
+        return [(message["role"], message["text"]) for message in self.session(session)["messages"]]
+
+    def stats(self):
+        return self.get("/stats")
+
+    def readers(self, session):
+        return [stream["readers"] for stream in self.stats()["streams"] if stream["session_id"] == session]
+
+    def end_all_turns(self):
+        for stream in self.stats()["streams"]:
+            self.request("DELETE", f"/sessions/{stream['session_id']}")
+
+
+class OwnServer(Server):
+    """A server that we started: its process, and what it wrote so far."""
+
+    def __init__(self, port, flags, process, output):
+        super().__init__("127.0.0.1", port, flags)
+        self.process, self.output = process, output
+
+    def log(self):
+        return self.output.read_text("utf-8", "replace")
+
+
+def environment(**more):
+    """Ours, without what would choose a model."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOOGLE_", "GEMINI_", "GENAI_"))}
+    return kept | more
+
+
+def start(flags, output, **more):
+    return subprocess.Popen([sys.executable, str(SERVER), *flags], env=environment(**more), stdin=subprocess.DEVNULL,
+                            stdout=output, stderr=subprocess.STDOUT)
+
+
+@contextlib.contextmanager
+def running(*flags, **more):
+    """A server of our own with these flags, on a free port, killed at the end. It must have raised nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "log")
+        with path.open("wb") as output:
+            process = start((*flags, "--port", "0"), output, **more)
+        try:
+            serving = re.compile(r"^Serving on http://127\.0\.0\.1:(\d+)\r?\n", re.MULTILINE)
+            found = wait_until(lambda: serving.search(path.read_text("utf-8", "replace")) or process.poll() is not None)
+            assert isinstance(found, re.Match), path.read_text("utf-8", "replace")
+            server = OwnServer(int(found[1]), flags, process, path)
+            yield server
+            assert "Traceback" not in server.log(), server.log()
+        finally:
+            process.kill()
+            process.wait(PATIENCE)
+
+
+def wait_until(condition, seconds=PATIENCE):
+    """Poll until the condition holds, and return what it said last."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return value
+
+
+def in_parallel(work, items, workers=8):
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, items))
+
+
+def needs(program, *places):
+    """The path of a program. Where it is missing the test is skipped, but never in CI."""
+    path = shutil.which(program, path=os.pathsep.join([os.environ["PATH"], *places]))
+    if not path:
+        missing(program)
+    return path
+
+
+def missing(name):
+    assert os.environ.get("CI") != "true", f"CI must have {name}"
+    pytest.skip(f"needs {name}")
+
+
+def new_id():
+    return uuid.uuid4().hex
+
+
+@pytest.fixture(scope="session")
+def farm():
+    """Servers that tests share, by their flags."""
+    with contextlib.ExitStack() as stack:
+        servers = {}
+
+        def borrow(*flags):
+            if OUTSIDE:
+                url = urlsplit(OUTSIDE)
+                return Server(url.hostname, url.port or 80)
+            if flags not in servers:
+                servers[flags] = stack.enter_context(running(*flags))
+            return servers[flags]
+        yield borrow
+
+
+@pytest.fixture
+def server(farm):
+    """Any server. Ours has the default flags, but five times the pace."""
+    server = farm("--chunk-delay", "0.02")
+    yield server
+    server.end_all_turns()
+
+
+@pytest.fixture
+def fast(farm):
+    """Any server. Ours holds no pace."""
+    return farm("--chunk-delay", "0")
+
+
+@pytest.fixture
+def own(farm):
+    """A factory of shared servers of our own, by their flags."""
+    if OUTSIDE:
+        pytest.skip("needs a server of our own, with special flags")
+    servers = []
+
+    def borrow(*flags):
+        servers.append(farm(*flags))
+        return servers[-1]
+    yield borrow
+    for server in servers:
+        server.end_all_turns()
+
+
+@pytest.fixture
+def serve():
+    """A factory of fresh servers of our own, for who stops them, counts from zero or reads their log."""
+    if OUTSIDE:
+        pytest.skip("needs a server of our own, with special flags")
+    with contextlib.ExitStack() as stack:
+        yield lambda *flags, **more: stack.enter_context(running(*flags, **more))
+
+
+def cases(table):
+    """Rows of data as the cases of a test, called by their first column."""
+    return pytest.mark.parametrize("case", table, ids=[row[0] for row in table])
+
+
+# ---- Run it
+
+NOT_OURS = pytest.mark.skipif(bool(OUTSIDE), reason="needs a server of our own, with special flags")
+WRONG_FLAGS = [
+    ("--bogus",), ("--port", "x"), ("--port", "65536"), ("--port", "-1"), ("--log", "loud"),
+    ("--chunk-words", "0"), ("--chunk-words", "1.5"), ("--chunk-delay", "-0.1"), ("--chunk-delay", "nan"),
+    ("--resume-window", "-1"), ("--resume-window", "x"), ("--heartbeat", "0"), ("--heartbeat", "15.1"),
+]
+
+
+@NOT_OURS
+class TestRunIt:
+    """One command serves. What can't be served is one line on stderr and exit status 2; a signal is exit status 0."""
+
+    def refuse(self, *flags, **more):
+        """What a server says that does not even start."""
+        process = subprocess.run([sys.executable, str(SERVER), *flags], env=environment(**more), timeout=PATIENCE,
+                                 capture_output=True, encoding="utf-8")
+        assert process.returncode == 2 and "Serving on" not in process.stdout, process
+        assert "Traceback" not in process.stderr, process.stderr
+        return process.stderr.strip()
+
+    def test_help_names_the_flags(self):
+        shown = subprocess.run([sys.executable, str(SERVER), "--help"], capture_output=True, check=True).stdout.decode()
+        flags = {"--" + name for name in ("host", "port", "model", "chunk-words", "chunk-delay", "resume-window",
+                                          "heartbeat", "debug", "log")}
+        assert flags <= set(re.findall(r"--[a-z-]+", shown))
+
+    @pytest.mark.parametrize("flags", WRONG_FLAGS, ids=" ".join)
+    def test_a_wrong_flag_is_refused(self, flags):
+        assert flags[0] in self.refuse("--port", "0", *flags)
+
+    def test_a_port_in_use_is_refused_in_one_line(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            said = self.refuse("--port", port)
+        assert port in said and "\n" not in said
+
+    @pytest.mark.parametrize("flags, more", [
+        (("--model", "gemini-x"), {}), ((), {"GENAI_MODEL_ID": "gemini-x"}),
+        (("--model", "gemini-x"), {"GOOGLE_API_KEY": ""}),
+    ], ids=["flag", "environment", "an empty key"])
+    def test_a_gemini_model_without_a_key_is_refused_in_one_line(self, flags, more):
+        said = self.refuse("--port", "0", *flags, **more)
+        assert "GOOGLE_API_KEY" in said and "--model offline" in said and "\n" not in said
+
+    def test_a_key_without_the_package_is_refused_in_one_line(self, tmp_path):
+        package = tmp_path / "google"
+        package.mkdir()
+        (package / "__init__.py").write_text('raise ModuleNotFoundError("No module named \'google\'", name="google")')
+        said = self.refuse("--port", "0", GOOGLE_API_KEY="no-real-key", PYTHONPATH=str(tmp_path))
+        assert "google-genai" in said and "--model offline" in said and "\n" not in said
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+    def test_a_signal_lets_a_short_turn_complete(self, serve, number):
+        server = serve()
+        stream = server.chat("a b c d e f g h i j k l m n o p q r s t u v w x y z")
+        stream.read_until("chunk")
+        before = len(server.log())
+        server.process.send_signal(number)
+        assert stream.check().end["finish_reason"] == "stop"
+        assert server.process.wait(PATIENCE) == 0
+        assert re.search(r"total.requests\D*1\b", server.log()[before:], re.IGNORECASE), "no statistics"
+
+    def test_a_signal_ends_a_long_turn_after_5_seconds(self, serve):
+        server = serve("--chunk-delay", "0.02")
+        session = new_id()
+        readers = [server.chat(LONG, session_id=session), server.follow(session)]
+        readers[0].read_until("chunk")
+        server.process.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        assert wait_until(lambda: not self.serves(server), 3), "still accepts connections"
+        for stream in readers:
+            assert stream.check().end["code"] == "server_shutdown"
+        assert 4 < time.monotonic() - signalled < 8
+        assert server.process.wait(PATIENCE) == 0
+
+    def serves(self, server):
+        try:
+            return bool(server.get("/health"))
+        except (OSError, Cut):
+            return False
+
+
+# ---- The stream
+
+SPACES = "".join(character for character in map(chr, range(0x110000)) if character.isspace())
+TEXTS = [
+    ("one letter", "x"),
+    ("every kind of white space", "a" + "b".join(SPACES) + "c " + SPACES + "d"),
+    ("white space at both ends", "\n\n \t first and last \r\n\n"),
+    ("a run of white space longer than a chunk", "a" + " \n" * 5000 + "b"),
+    ("markdown", "# Title\n\n* one\n    * two\n\n```python\ndef f():\n\treturn 1\n```\n\n"),
+    ("emoji", "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd"),
+    ("combining characters", "e\u0301 n\u0303 Z\u0351\u036b\u0343\u032aalgo \u0915\u094d\u0937\u093f"),
+    ("right to left", "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u202eabc\u202c \u2067x\u2069"),
+    ("line separators", "a\u2028b\u2029c\u0085d\ve\ff\rg\x1ch\x1di\x1ej"),
+    ("NUL and all other controls", "".join(map(chr, range(32))) + "x" + "".join(map(chr, range(127, 160)))),
+    ("edges of Unicode", "\ufeff \ud7ff\ue000 \ufffd \ufffe\uffff \U00010000 \U0010ffff"),
+    ("a very long word", "x" * 10_000),
+    ("a very long word of emoji", "\U0001f600" * 9_999),
+    ("a very long word of combining characters", "a" + "\u0301" * 9_999),
+    ("100,000 characters", "0123456789" * 10_000),
+    ("text that looks like JSON", '","is_final":true}\n{"type":"complete"}\n\\u0041 \\n \\" \\'),
+    ("text that looks like transfer chunks", "5\r\nhello\r\n0\r\n\r\nHTTP/1.1 400 Bad Request\r\n\r\n"),
+    ("text that looks like a format", "%s %d %(x)s %% {} {0} {x} $x \\1"),
+    ("text that looks like HTML", "<script>alert('x')</script> &amp; <!-- -->"),
+]
+
+
+def chat_request(body, *fields, **kind):
+    return http_request("POST", "/chat/stream", *fields, body=body, **kind)
+
+
+GOOD_REQUESTS = [
+    ("JSON", chat_request({"message": "Hi"}, "Content-Type: application/json")),
+    ("JSON with a charset", chat_request({"message": "Hi"}, "Content-Type: Application/JSON; charset=UTF-8")),
+    ("curl's type", chat_request({"message": "Hi"}, "Content-Type: application/x-www-form-urlencoded", "Accept: */*")),
+    ("no type", chat_request({"message": "Hi"})),
+    ("any Accept", chat_request({"message": "Hi"}, "Accept: text/html")),
+    ("raw UTF-8", chat_request('{"message":"na\u00efve \U0001f600 \u2028"}'.encode())),
+    ("escapes", chat_request(rb'{"message":"na\u00efve \ud83d\ude00 \u2028 \u0000"}')),
+    ("white space around JSON", chat_request(b' \r\n\t{ "message" : "Hi" }\n')),
+    ("unknown fields", chat_request({"message": "Hi", "temperature": 1.5, "more": [{"session_id": 5}, None]})),
+    ("ids that are null", chat_request({"message": "Hi", "session_id": None, "turn_id": None})),
+    ("names in any case", chat_request({"message": "Hi"}, "cOnTeNt-TyPe:application/json \t", "X-Empty:")),
+    ("HTTP/1.0", chat_request({"message": "Hi"}, version="HTTP/1.0")),
+    ("no body", http_request("GET", "/health")),
+    ("no body where it is optional", http_request("POST", "/sessions/new")),
+    ("an empty body where it is optional", http_request("POST", "/sessions/new", body=b"")),
+    ("a query", http_request("GET", "/sessions?after=1")),
+]
+
+
+class TestTheStream:
+    """Lines of NDJSON in transfer chunks (RFC 8259; RFC 9112, section 7.1). `check_turn` holds the rules."""
+
+    @cases(TEXTS)
+    def test_the_texts_of_all_chunks_joined_are_the_answer_character_for_character(self, fast, case):
+        _, text = case
+        session = new_id()
+        turn = fast.turn(text, session_id=session)
+        assert fast.history(session) == [("user", text), ("model", turn.text)]
+
+    @pytest.mark.parametrize("size", [10**6, 1], ids=["whole", "byte by byte"])
+    @cases(GOOD_REQUESTS)
+    def test_a_good_request_is_served_however_it_arrives(self, fast, case, size):
+        _, raw = case
+        connection = fast.connect()
+        for start in range(0, len(raw), size):
+            connection.send(raw[start:start + size])
+        if not raw.startswith(b"POST /chat/stream"):
+            assert fast.response(connection).status == 200
+        elif b"HTTP/1.0\r\n" in raw:
+            Stream(connection, fast.pace, "close", None).check()
+        else:
+            Stream(connection, fast.pace).check()
+
+    def test_a_body_of_2_mib_is_read(self, fast):
+        body = b'{"message":"Hi"' + b" " * (2**21 - 16) + b"}"
+        assert fast.request("POST", "/chat/stream", body).status == 200
+
+    def test_a_turn_without_ids_gets_ids(self, fast):
+        info = fast.turn("Hi").info
+        assert str(uuid.UUID(info["session_id"], version=4)) == info["session_id"]
+        assert info["turn_id"] != fast.turn("Hi").info["turn_id"]
+
+    def test_a_session_id_may_be_the_clients_own(self, fast):
+        for session in (uuid.uuid4().hex, "A-Za-z0-9_" + new_id(), "x" * 32 + new_id()):
+            turn = fast.turn("Hi", session_id=session, turn_id="_-" + session[2:])
+            assert (turn.info["created"], fast.session(session)["message_count"]) == (True, 2)
+
+    def test_created_says_whether_this_post_made_the_session(self, fast):
+        first, second = new_id(), new_id()
+        assert fast.request("POST", "/sessions/new", {"session_id": second}).status == 200
+        made = [fast.turn("Hi", session_id=session).info["created"] for session in (first, first, second)]
+        assert made == [True, False, False]
+
+    def test_every_turn_sees_the_messages_before_it(self, fast):
+        session = new_id()
+        for count in range(0, 8, 2):
+            turn = fast.turn("Hello", session_id=session)
+            assert (turn.status["context_messages"], turn.end["message_count"]) == (count, count + 2)
+            assert not count or re.search(rf"\b{count}\b", turn.text), "the offline model counts the messages before"
+        assert fast.turn("Hello").status["context_messages"] == 0
+
+    def test_who_has_read_complete_may_send_the_next_turn_at_once(self, fast):
+        session = new_id()
+        for count in range(0, 60, 2):
+            stream = fast.chat("Hello", session_id=session)
+            assert stream.read_until("complete")["message_count"] == count + 2
+            now = fast.session(session)
+            assert (now["message_count"], now["streaming"]) == (count + 2, False)
+
+    def test_the_connection_serves_on_after_a_stream(self, fast):
+        connection = fast.connect()
+        for _ in range(3):
+            connection.send(chat_request({"message": "Hi"}))
+            check_turn(list(connection.lines(connection.read_head())), message="Hi", **fast.pace)
+        connection.send(http_request("GET", "/health"))
+        assert fast.response(connection).status == 200
+
+    def test_pipelined_requests_are_answered_in_order(self, fast):
+        """RFC 9112, section 9.3.2."""
+        connection = fast.connect()
+        connection.send(chat_request({"message": "first"}) + http_request("GET", "/health")
+                        + http_request("GET", "/nope") + chat_request({"message": "second"}))
+        check_turn(list(connection.lines(connection.read_head())), message="first", **fast.pace)
+        assert fast.response(connection, close=False).json["status"] == "healthy"
+        check_problem(fast.response(connection, close=False), 404, "not_found")
+        Stream(connection, fast.pace).check(message="second")
+
+    @pytest.mark.parametrize("version, fields, coding", [
+        ("HTTP/1.1", ["Connection: close"], "chunked"), ("HTTP/1.1", ["Connection: Close"], "chunked"),
+        ("HTTP/1.0", [], None), ("HTTP/1.0", ["Connection: keep-alive"], None),
+    ])
+    def test_who_asks_for_close_or_speaks_http_1_0_sees_the_connection_close(self, fast, version, fields, coding):
+        """RFC 9112, sections 6.1 and 9.6: to HTTP/1.0, which knows no transfer coding, the end is the connection's."""
+        connection = fast.connect()
+        connection.send(chat_request({"message": "Hi"}, *fields, version=version))
+        stream = Stream(connection, fast.pace, "close", coding).read()
+        assert connection.at_end()
+        stream.check(message="Hi")
+
+
+# ---- Pace
+
+class TestPace:
+    """`check_turn` holds the words of a chunk and the time between chunks against the server's flags."""
+
+    @pytest.mark.parametrize("words, delay", [(1, 0.05), (3, 0.01), (50, 0.1)])
+    def test_the_flags_set_the_pace(self, own, words, delay):
+        message = "one  two\tthree\nfour five,six " * 4
+        turn = own("--chunk-words", str(words), "--chunk-delay", str(delay)).turn(message)
+        assert max(len(chunk["text"].split()) for chunk in turn.chunks) == min(words, len(turn.text.split()))
+
+    def test_no_chunk_leaves_before_its_timestamp_or_long_after(self, own):
+        stream = own("--chunk-delay", "0.02").chat("word " * 100).read(2)
+        while (event := event_of(stream.read(1).lines[-1]))["type"] == "chunk":
+            late = time.time() - moment(event["timestamp"]).timestamp()
+            assert -0.001 < late < 1
+        stream.check(message="word " * 100)
+
+    def test_no_delay_turns_the_pace_off(self, own):
+        turn = own("--chunk-delay", "0").turn("word " * 4000)
+        assert len(turn.chunks) > 1000 and turn.end["processing_time"] < 5
+
+    def test_the_first_chunk_does_not_wait_and_a_stop_does_not_either(self, own):
+        server, session = own(*SILENT), new_id()
+        began = time.monotonic()
+        stream = server.chat("word " * 100, session_id=session)
+        stream.read_until("chunk")
+        assert server.stop(session)
+        assert len(stream.check().chunks) == 2
+        assert time.monotonic() - began < 1.5, "something waited for the pace of 3 s"
+
+
+# ---- Turns and their states
+
+SILENT = ("--chunk-delay", "3", "--heartbeat", "0.3", "--resume-window", "0.5")
+
+
+class TestTurns:
+    """A turn runs, and completes or fails, once. It runs apart from its readers, and a stop ends it."""
+
+    def test_a_running_turn_is_seen_and_then_complete(self, server):
+        session = new_id()
+        stream = server.chat(LONG, session_id=session, turn_id="t")
+        number = stream.read_until("chunk", 3)["chunk_number"]
+        turn = server.session(session)["latest_turn"]
+        check_fields(turn, "turn_id:id state:text message:text started:time chunks:count")
+        assert (turn["turn_id"], turn["state"], turn["message"]) == ("t", "running", LONG)
+        assert turn["chunks"] >= number
+        assert server.session(session)["streaming"] and server.history(session) == []
+        server.stop(session)
+        chunks = len(stream.check().chunks)
+        assert server.session(session)["latest_turn"] == turn | {"state": "complete", "chunks": chunks}
+        assert not server.session(session)["streaming"]
+
+    def test_one_turn_at_a_time(self, server):
+        session = new_id()
+        stream = server.chat(LONG, session_id=session, turn_id="t").read(2)
+        for turn_id in (None, "u"):
+            busy = server.request("POST", "/chat/stream", {"message": "Hi", "session_id": session, "turn_id": turn_id})
+            detail = check_problem(busy, 409, "session_busy")["detail"]
+            assert "curl" in detail and f"/sessions/{session}/stop" in detail
+        server.stop(session)
+        stream.check()
+        assert server.turn("Hi", session_id=session).status["context_messages"] in (0, 2)
+
+    def test_a_stop_ends_the_turn_with_what_had_left_as_chunks(self, server):
+        session = new_id()
+        readers = [server.chat(LONG, session_id=session), server.follow(session)]
+        readers[0].read_until("chunk", 5)
+        assert server.stop(session)
+        turns = [stream.check() for stream in readers]
+        assert turns[0] == turns[1] and turns[0].end["finish_reason"] == "cancelled"
+        assert 5 <= len(turns[0].chunks) < 200
+        assert server.history(session) == [("user", LONG), ("model", turns[0].text)]
+        assert not server.stop(session), "the second stop finds nothing"
+        assert server.turn("Hi", session_id=session).status["context_messages"] == 2
+
+    def test_a_stop_may_name_the_turn_and_ends_no_other(self, server):
+        session = new_id()
+        stream = server.chat(LONG, session_id=session, turn_id="t").read(4)
+        assert not server.stop(session, turn_id="another")
+        assert stream.read(10) and server.stop(session, turn_id="t")
+        assert stream.check().end["finish_reason"] == "cancelled"
+        stream = server.chat(LONG, session_id=session, turn_id="u").read(4)
+        assert not server.stop(session, turn_id="t"), "a late stop ends the next turn"
+        assert server.stop(session, turn_id=None)
+        assert stream.check().end["finish_reason"] == "cancelled"
+
+    def test_a_stop_finds_nothing_before_a_turn_and_after_it(self, server):
+        session = new_id()
+        server.request("POST", "/sessions/new", {"session_id": session})
+        assert not server.stop(session)
+        turn = server.turn("Hi", session_id=session, turn_id="t")
+        assert not server.stop(session, turn_id="t") and not server.stop(session)
+        assert server.follow(session).check() == turn
+
+    def test_a_stop_may_come_before_the_first_line_is_read(self, server):
+        def stop_early(session):
+            server.request("POST", "/sessions/new", {"session_id": session})
+            connection = server.connect()
+            connection.send(chat_request({"message": LONG, "session_id": session}))
+            assert wait_until(lambda: server.stop(session))
+            turn = Stream(connection, server.pace).check()
+            assert turn.end["finish_reason"] == "cancelled"
+            check_history(server, session, LONG, turn)
+        in_parallel(stop_early, [new_id() for _ in range(24)])
+
+    def test_a_stop_and_the_end_may_race_but_one_of_them_wins(self, server):
+        message, chance = "six words are three chunks, no", random.Random(1)
+        takes = server.turn(message).end["processing_time"]
+        before = server.stats()
+
+        def race(late):
+            session = new_id()
+            stream = server.chat(message, session_id=session)
+            time.sleep(takes + late)
+            stops = in_parallel(lambda _: server.stop(session), range(2), workers=2)
+            turn = stream.check(message=message)
+            assert sum(stops) == (turn.end["finish_reason"] == "cancelled"), "only who stopped it is told so"
+            assert server.follow(session).check() == turn
+            check_history(server, session, message, turn)
+        in_parallel(race, [chance.uniform(-0.03, 0.003) for _ in range(100)], workers=4)
+        check_balance(before, server.stats(), turns=100, failed=0)
+
+    def test_any_number_of_readers_may_follow(self, server):
+        session = new_id()
+        readers = [server.chat("word " * 100, session_id=session)]
+        for _ in range(4):
+            readers[0].read(5)
+            readers.append(server.follow(session))
+        assert wait_until(lambda: server.readers(session) == [5])
+        assert len({b"".join(stream.read().lines) for stream in readers}) == 1
+        readers[0].check(message="word " * 100)
+
+    def test_a_slow_reader_holds_back_nobody(self, own):
+        server = own("--chunk-words", "1", "--chunk-delay", "0")
+        request = {"message": "\U0001f600 " * 50_000, "session_id": new_id(), "turn_id": "t"}
+        slow = server.connect(receive_buffer=4096)
+        slow.send(chat_request(request))            # the answer is 6 MB: more than any socket buffers
+        quick = server.chat(**request).read()
+        assert server.turn("Hi").end["finish_reason"] == "stop"
+        assert not server.session(request["session_id"])["streaming"], "the turn waits for its slow reader"
+        assert server.get("/health")["streaming_connections"] == 1, "the slow reader was not slow"
+        assert Stream(slow, server.pace).read(100).lines == quick.lines[:100]
+        slow.abort()
+        quick.check(**request)
+
+    @pytest.mark.parametrize("method, path, code", [
+        ("POST", "/clear", "session_cleared"), ("DELETE", "", "session_deleted")])
+    def test_clear_and_delete_end_the_turn_with_an_error_and_keep_nothing(self, server, method, path, code):
+        session, before = new_id(), server.stats()
+        server.turn("Hi", session_id=session)
+        readers = [server.chat(LONG, session_id=session, turn_id="t"), server.follow(session)]
+        readers[0].read(4)
+        response = server.request(method, f"/sessions/{session}{path}")
+        check_fields(response.json, "message:text")
+        check_balance(before, server.stats(), turns=2, failed=1)
+        if path:
+            now = server.session(session)
+            assert (now["messages"], now["latest_turn"], now["streaming"]) == ([], None, False)
+            check_problem(server.request("GET", f"/sessions/{session}/stream"), 404, "no_turn")
+        else:
+            check_problem(server.request("GET", f"/sessions/{session}"), 404, "session_not_found")
+        again = server.turn("Another message", session_id=session, turn_id="t")
+        assert (again.info["created"], again.status["context_messages"]) == (not path, 0), "its turn_id is free again"
+        for stream in readers:
+            assert stream.check().end["code"] == code
+
+    def test_the_totals_balance_under_any_mix(self, server):
+        before, done = server.stats(), threading.Event()
+
+        def visit(seed):
+            chance, session = random.Random(seed), new_id()
+            stream = server.chat("word " * chance.randrange(1, 80), session_id=session).read(chance.randrange(2, 6))
+            if seed % 5 == 0:
+                stream.abort()
+                return "left"
+            end = [None, ("POST", "/stop"), ("POST", "/clear"), ("DELETE", "")][seed % 5 - 1]
+            if end:
+                assert server.request(end[0], f"/sessions/{session}{end[1]}").status == 200
+            return stream.check().end["type"]
+
+        def watch():
+            while not done.is_set():
+                check_balance(before, server.stats())
+        with ThreadPoolExecutor(1) as pool:
+            watching = pool.submit(watch)
+            try:
+                ends = in_parallel(visit, range(100), workers=10)
+            finally:
+                done.set()
+            watching.result()
+        assert wait_until(lambda: not server.stats()["streams"])
+        check_balance(before, server.stats(), turns=100, failed=ends.count("error"))
+
+
+def check_history(server, session, message, turn):
+    """A first turn's history is the message and the joined chunks, or nothing where no text had left."""
+    kept = [("user", message), ("model", turn.text)] if turn.text else []
+    assert server.history(session) == kept and turn.end["message_count"] == len(kept)
+
+
+def check_balance(before, after, turns=None, failed=None):
+    running = len(after["streams"])
+    assert after["total_requests"] == after["successful_requests"] + after["failed_requests"] + running
+    if turns is not None:
+        assert after["total_requests"] - before["total_requests"] == turns
+        assert after["failed_requests"] - before["failed_requests"] == failed
+
+
+# ---- Cut connections
+
+class TestCutConnections:
+    """A lost connection is not a stop: resume reads on, a retry is the same POST again, and the turn runs once."""
+
+    @pytest.mark.parametrize("again", ["resume", "retry"])
+    def test_a_cut_at_any_byte_loses_nothing(self, own, again):
+        server = own("--chunk-delay", "0.005", "--chunk-words", "6", "--log", "off")
+        request = {"message": "Hi there", "session_id": new_id(), "turn_id": new_id()}
+        probe = server.connect()
+        probe.send(chat_request(request, "Connection: close"))
+        size = len(probe.file.read())
+
+        def cut(position):
+            request = {"message": "Hi there", "session_id": new_id(), "turn_id": new_id()}
+            connection = server.connect(cut_after=position)
+            connection.send(chat_request(request))
+            with contextlib.suppress(Cut):
+                seen = []
+                for line in connection.lines(connection.read_head()):
+                    seen.append(line)
+            connection.abort()
+            if again == "resume":
+                chunks = [line for line in seen if event_of(line)["type"] == "chunk"]
+                lines = server.follow(request["session_id"], after=len(chunks)).read().lines
+                lines[2:2] = chunks
+                assert lines[:len(seen)] == seen
+            else:
+                lines = server.chat(**request).read().lines
+                assert lines[:len(seen)] == seen
+            turn = check_turn(lines, **request, **server.pace)
+            check_history(server, request["session_id"], request["message"], turn)
+
+        before, positions = server.stats(), range(1, size)
+        in_parallel(cut, positions, workers=16)
+        check_balance(before, server.stats(), turns=len(positions), failed=0)
+
+    def test_a_request_cut_before_its_answer_may_be_sent_again(self, server):
+        def cut(_):
+            request = {"message": "Hi", "session_id": new_id(), "turn_id": "t"}
+            connection = server.connect()
+            connection.send(chat_request(request))
+            connection.abort()
+            check_history(server, request["session_id"], "Hi", server.turn(**request))
+        in_parallel(cut, range(20))
+
+    def test_a_resumed_stream_is_the_same_bytes_without_chunks_1_to_n(self, fast):
+        session = new_id()
+        first = fast.chat("one two three four five six seven eight", session_id=session).read().lines
+        *head, end = first[:2], first[-1:]
+        chunks = first[2:-1]
+        for after in (None, *range(len(chunks) + 3), "007", 999_999_999):
+            stream = fast.follow(session, after).read()
+            assert stream.lines == head[0] + chunks[int(after or 0):] + end
+            stream.check(after=int(after or 0))
+
+    def test_a_resume_goes_on_live_and_leaves_out_chunks_still_to_come(self, server):
+        session = new_id()
+        stream = server.chat(LONG, session_id=session).read(5)
+        late = {after: server.follow(session, after) for after in (0, 1, 3, 8, 999_999_999)}
+        stream.read_until("chunk", 12)
+        server.stop(session)
+        lines = stream.read().lines
+        for after, reader in late.items():
+            assert reader.read().lines == lines[:2] + lines[2:-1][after:] + lines[-1:]
+            reader.check(after=after)
+
+    @pytest.mark.parametrize("running", [True, False], ids=["running", "complete"])
+    def test_a_retry_follows_the_latest_turn_from_its_first_line(self, server, running):
+        request = {"message": "word " * 60, "session_id": new_id(), "turn_id": "t"}
+        before = server.stats()
+        first = server.chat(**request).read(5 if running else None)
+        retries = [server.chat(**request) for _ in range(2)]
+        turn = first.check(**request)
+        for retry in retries:
+            assert retry.check(**request) == turn and retry.lines == first.lines
+        after = server.stats()
+        check_balance(before, after, turns=1, failed=0)
+        assert after["total_chunks"] - before["total_chunks"] == len(turn.chunks)
+        check_history(server, request["session_id"], request["message"], turn)
+
+    def test_a_retry_of_an_older_turn_is_answered_from_the_history_even_while_another_runs(self, server):
+        session, message = new_id(), "word " * 200
+        old = {"message": message, "session_id": session, "turn_id": "old"}
+        stopped = {"message": LONG, "session_id": session, "turn_id": "stopped"}
+        first = server.turn(**old)
+        second = server.chat(**stopped).read(5)
+        server.stop(session)
+        second = second.check(**stopped)
+        latest = server.chat(LONG, session_id=session, turn_id="latest").read(3)
+        before = server.stats()
+        for request, turn in ((old, first), (stopped, second)):
+            began = time.monotonic()
+            check_stored(server.chat(**request), request, turn)
+            assert time.monotonic() - began < 0.8, "a stored answer has no pace"
+        after = server.stats()
+        assert {name: after[name] for name in COUNTERS} == {name: before[name] for name in COUNTERS}
+        assert len(server.history(session)) == 4
+        server.stop(session)
+        assert latest.check(turn_id="latest").status["context_messages"] == 4
+
+    def test_a_turn_id_with_another_message_is_refused_before_session_busy(self, server):
+        session = new_id()
+        server.turn("first", session_id=session, turn_id="old")
+        latest = server.chat(LONG, session_id=session, turn_id="latest").read(2)
+        for turn_id in ("old", "latest"):
+            reused = server.request("POST", "/chat/stream", {"message": "x", "session_id": session, "turn_id": turn_id})
+            check_problem(reused, 409, "turn_id_reused")
+        server.stop(session)
+        latest.check()
+        reused = server.request("POST", "/chat/stream", {"message": "x", "session_id": session, "turn_id": "latest"})
+        check_problem(reused, 409, "turn_id_reused")
+        assert server.turn("x", session_id=new_id(), turn_id="old").info["created"], "a turn_id is its session's alone"
+
+    def test_a_log_is_kept_until_the_next_turn(self, fast):
+        session = new_id()
+        first = fast.turn("first", session_id=session)
+        assert fast.follow(session).check() == first
+        second = fast.turn("second", session_id=session)
+        assert fast.follow(session).check() == second
+
+    def test_a_log_is_kept_for_the_resume_window(self, own):
+        server = own(*BRISK)
+        request = {"message": "Hi", "session_id": new_id(), "turn_id": "t"}
+        session = request["session_id"]
+        turn = server.turn(**request)
+        ended = time.monotonic()
+        while (latest := server.session(session)["latest_turn"]) and time.monotonic() < ended + PATIENCE:
+            assert (latest["state"], latest["message"]) == ("complete", "Hi")
+            time.sleep(0.05)
+        assert 0.6 < time.monotonic() - ended < 2
+        check_problem(server.request("GET", f"/sessions/{session}/stream"), 404, "no_turn")
+        before = server.stats()
+        check_stored(server.chat(**request), request, turn)
+        reused = server.request("POST", "/chat/stream", request | {"message": "x"})
+        check_problem(reused, 409, "turn_id_reused")
+        check_balance(before, server.stats(), turns=0, failed=0)
+
+    def test_a_turn_that_nobody_reads_is_cancelled_after_the_window(self, own):
+        server, session = own(*BRISK), new_id()
+        stream = server.chat(LONG, session_id=session).read(4)
+        stream.abort()
+        left = time.monotonic()
+        assert wait_until(lambda: not server.session(session)["streaming"])
+        assert 0.6 < time.monotonic() - left < 3
+        turn = server.follow(session).check()
+        assert turn.end["finish_reason"] == "cancelled"
+        check_history(server, session, LONG, turn)
+
+    def test_a_reader_that_comes_back_in_time_keeps_the_turn_running(self, own):
+        server, session = own(*BRISK), new_id()
+        server.chat(LONG, session_id=session).read(4).abort()
+        time.sleep(0.3)
+        back = server.follow(session, after=2).read_until("chunk", 1)
+        assert back["chunk_number"] == 3
+        for _ in range(3):
+            stream = server.follow(session)
+            time.sleep(0.5)
+            stream.abort()
+        assert server.session(session)["streaming"]
+
+    def test_a_silent_reader_that_left_is_noticed_by_pings(self, own):
+        server, session = own(*SILENT), new_id()
+        server.chat("word " * 40, session_id=session).read(3).abort()
+        left = time.monotonic()
+        assert wait_until(lambda: not server.session(session)["streaming"])
+        assert 0.4 < time.monotonic() - left < 2.5, "two pings of 0.3 s and a window of 0.5 s"
+
+    def test_pings_come_in_a_silence_and_are_no_part_of_the_log(self, own):
+        server, session = own(*SILENT), new_id()
+        stream = server.chat("six words are two chunks, no?", session_id=session)
+        stream.read_until("chunk", 2)
+        assert 5 <= len(stream.connection.pings) <= 10
+        for event in stream.connection.pings:
+            check_fields(event, EVENTS["ping"])
+        server.stop(session)
+        again = server.follow(session).read()
+        assert again.lines == stream.read().lines and not again.connection.pings
+
+    def test_a_client_that_closed_its_sending_half_is_still_served(self, own):
+        server = own(*BRISK)
+        stream = server.chat("word " * 400)
+        stream.connection.socket.shutdown(socket.SHUT_WR)
+        assert stream.check(message="word " * 400).end["processing_time"] > 1.5
+
+    def test_head_on_a_stream_is_no_reader(self, server):
+        session = new_id()
+        server.chat(LONG, session_id=session).read(3).abort()
+        assert wait_until(lambda: server.readers(session) == [0])
+        response = server.request("HEAD", f"/sessions/{session}/stream?after=1")
+        assert (response.status, response.headers["content-type"]) == (200, "application/x-ndjson")
+        assert server.readers(session) == [0]
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to count threads and descriptors")
+    def test_nothing_leaks(self, serve):
+        server = serve("--chunk-delay", "0.002", "--resume-window", "0.3", "--log", "off")
+        folders = [Path(f"/proc/{server.process.pid}", name) for name in ("task", "fd")]
+        server.turn("Hi")
+        time.sleep(0.1)
+        at_first = [len(list(folder.iterdir())) for folder in folders]
+
+        def visit(seed):
+            session = new_id()
+            connection = server.connect(cut_after=random.Random(seed).randrange(1, 2000) if seed % 2 else None)
+            connection.send(chat_request({"message": "word " * 30, "session_id": session}))
+            with contextlib.suppress(Cut):
+                list(connection.lines(connection.read_head()))
+            connection.abort()
+            return session
+        sessions = in_parallel(visit, range(300), workers=16)
+        assert wait_until(lambda: [len(list(folder.iterdir())) for folder in folders] <= at_first)
+        assert wait_until(lambda: not any(server.session(session)["latest_turn"] for session in sessions))
+        stats = server.stats()
+        assert (stats["streams"], stats["streaming_connections"], stats["successful_requests"]) == ([], 0, 301)
+
+
+BRISK = ("--chunk-delay", "0.02", "--heartbeat", "0.3", "--resume-window", "0.7")
+COUNTERS = ("total_requests", "successful_requests", "failed_requests", "total_chunks")
+
+
+def check_stored(stream, request, turn):
+    """The answer of then, streamed again from the history."""
+    again = stream.check(stored=True, **request)
+    assert again.info["created"] is False and again.text == turn.text
+    kept = ("finish_reason", "processing_time", "message_count")
+    assert again.status["context_messages"] == turn.status["context_messages"]
+    assert [again.end[name] for name in kept] == [turn.end[name] for name in kept]
+
+
+# ---- Sessions and the other endpoints
+
+ROUTES = [              # path, what it knows beside OPTIONS
+    ("/", "GET HEAD"), ("/health", "GET HEAD"), ("/stats", "GET HEAD"), ("/openapi.json", "GET HEAD"),
+    ("/demo", "GET HEAD"), ("/docs", "GET HEAD"), ("/chat/stream", "POST"), ("/sessions", "GET HEAD"),
+    ("/sessions/new", "POST"), ("/sessions/{session_id}", "GET HEAD DELETE"),
+    ("/sessions/{session_id}/stream", "GET HEAD"), ("/sessions/{session_id}/stop", "POST"),
+    ("/sessions/{session_id}/clear", "POST"),
+]
+STREAMS = [("post", "/chat/stream"), ("get", "/sessions/{session_id}/stream")]
+HEALTH = ("status:text model:text uptime_seconds:count total_requests:count successful_requests:count "
+          "failed_requests:count active_sessions:count streaming_connections:count")
+STATS = HEALTH + (" average_response_time:number? start_time:time total_sessions_created:count total_chunks:count "
+                  "total_bytes:count average_chunks_per_stream:number? time_to_first_chunk:object streams:list "
+                  "framework:text")
+RUNNING = "session_id:id turn_id:id started:time chunks:count readers:count client:text"
+LISTED = ("session_id:id model:text message_count:count duration_minutes:number created_at:time last_activity:time "
+          "streaming:flag")
+SESSION = ("session_id:id model:text message_count:count user_messages:count model_messages:count "
+           "session_duration_seconds:number created_at:time last_activity:time streaming:flag messages:list "
+           "latest_turn:object?")
+MESSAGE = "role:text text:text timestamp:time turn_id:id"
+
+
+def allowed(response):
+    return set(re.split(r"\s*,\s*", response.headers["allow"])) - {"OPTIONS"}
+
+
+class TestSessionsAndTheOtherEndpoints:
+    """One table of routes, exactly the fields named; HEAD, OPTIONS and 405 after RFC 9110, sections 9.3 and 15.5.6."""
+
+    @cases(ROUTES)
+    def test_options_tells_what_a_route_knows_and_all_else_is_405(self, fast, case):
+        path, known = case[0].replace("{session_id}", "nobody"), set(case[1].split())
+        response = fast.request("OPTIONS", path)
+        assert (response.status, allowed(response)) == (204, known)
+        for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} - known:
+            response = fast.request(method, path)
+            assert (response.status, allowed(response)) == (405, known)
+            if method != "HEAD":
+                check_problem(response, 405, "method_not_allowed")
+
+    @cases([route for route in ROUTES if "HEAD" in route[1]])
+    def test_head_is_get_without_the_body(self, fast, case):
+        session = new_id()
+        fast.turn("Hi", session_id=session)
+        path = case[0].replace("{session_id}", session)
+        get = fast.request("GET", path)
+        connection = fast.connect()
+        connection.send(http_request("HEAD", path) + http_request("GET", "/health"))
+        head = fast.response(connection, "HEAD", close=False)
+        assert (head.status, head.headers["content-type"]) == (get.status, get.headers["content-type"])
+        if head.headers.get("connection") != "close":
+            assert fast.response(connection).json["status"] == "healthy"
+
+    def test_the_root_lists_every_route(self, fast):
+        root = fast.get("/")
+        check_fields(root, "name:text version:text framework:text model:text features:list endpoints:object")
+        listed = {endpoint.partition("?")[0] for endpoint in root["endpoints"].values()}
+        methods = {f"{method} {path}" for path, known in ROUTES for method in known.split() if method != "HEAD"}
+        assert methods - {"GET /"} <= {re.sub(r"\{\w+\}", "{session_id}", endpoint) for endpoint in listed}
+
+    def test_openapi_describes_every_route_and_both_streams(self, fast):
+        api = fast.get("/openapi.json")
+        assert re.fullmatch(r"3\.2\.\d+", api["openapi"]) and api["info"]["title"] and api["info"]["version"]
+        for path, known in ROUTES:
+            assert {method.lower() for method in known.split()} - {"head"} <= set(api["paths"][path])
+        for method, path in STREAMS:
+            assert api["paths"][path][method]["responses"]["200"]["content"]["application/x-ndjson"]["itemSchema"]
+
+    @pytest.mark.parametrize("path", ["/openapi.json", "/demo", "/docs"])
+    def test_what_does_not_change_has_an_etag_and_answers_304(self, fast, path):
+        """RFC 9110, sections 8.8.3 and 13.1.2."""
+        full = fast.request("GET", path)
+        if full.status == 404:
+            assert "demo.html" in check_problem(full, 404, "not_found")["detail"]
+            pytest.skip("demo.html is not beside the server")
+        etag = full.headers["etag"]
+        assert re.fullmatch(r'(W/)?"[\x21\x23-\x7e]+"', etag)
+        for value in (etag, f'"x", {etag}', "*", "W/" + etag.removeprefix("W/")):
+            unchanged = fast.request("GET", path, headers=[f"If-None-Match: {value}"])
+            assert (unchanged.status, unchanged.headers["etag"]) == (304, etag)
+        assert fast.request("GET", path, headers=['If-None-Match: "x"']).body == full.body
+
+    def test_a_new_session(self, fast):
+        session, model = new_id(), fast.get("/health")["model"]
+        for body, expected in [(None, {}), ({}, {}), ({"session_id": session}, {"session_id": session, "model": model}),
+                               ({"model_id": "offline"}, {"model": "offline"})]:
+            made = fast.request("POST", "/sessions/new", body).json
+            check_fields(made, "session_id:id model:text timestamp:time")
+            assert made | expected == made and fast.session(made["session_id"])["message_count"] == 0
+            check_problem(fast.request("GET", f"/sessions/{made['session_id']}/stream"), 404, "no_turn")
+        check_problem(fast.request("POST", "/sessions/new", {"session_id": session}), 409, "session_exists")
+
+    def test_a_session_tells_its_messages(self, fast):
+        session = new_id()
+        turns = [fast.turn(f"Hello {n}", session_id=session, turn_id=f"turn-{n}") for n in range(2)]
+        told = fast.session(session)
+        check_fields(told, SESSION)
+        for message in told["messages"]:
+            check_fields(message, MESSAGE)
+        counts = (told["message_count"], told["user_messages"], told["model_messages"], told["session_id"])
+        assert counts == (4, 2, 2, session)
+        assert [(message["role"], message["text"], message["turn_id"]) for message in told["messages"]] == [
+            ("user", "Hello 0", "turn-0"), ("model", turns[0].text, "turn-0"),
+            ("user", "Hello 1", "turn-1"), ("model", turns[1].text, "turn-1")]
+        assert moment(told["created_at"]) <= moment(told["last_activity"])
+
+    def test_sessions_are_listed_last_active_first(self, fast):
+        ours = [new_id() for _ in range(3)]
+        for session in ours:
+            fast.turn("Hi", session_id=session)
+        fast.turn("Hi", session_id=ours[0])
+        told = fast.get("/sessions")
+        check_fields(told, "active_sessions:count sessions:list")
+        for session in told["sessions"]:
+            check_fields(session, LISTED)
+        assert told["active_sessions"] == len(told["sessions"]) == fast.get("/health")["active_sessions"]
+        listed = {session["session_id"]: session["message_count"] for session in told["sessions"][:3]}
+        assert list(listed.items()) == [(ours[0], 4), (ours[2], 2), (ours[1], 2)]
+
+    def test_clear_forgets_the_messages_and_delete_the_session(self, fast):
+        session = new_id()
+        fast.turn("Hi", session_id=session, turn_id="t")
+        check_fields(fast.request("POST", f"/sessions/{session}/clear").json, "message:text")
+        assert fast.history(session) == [] and fast.session(session)["latest_turn"] is None
+        assert fast.turn("Bye", session_id=session, turn_id="t").status["context_messages"] == 0
+        check_fields(fast.request("DELETE", f"/sessions/{session}").json, "message:text")
+        check_problem(fast.request("DELETE", f"/sessions/{session}"), 404, "session_not_found")
+        assert fast.turn("Hi", session_id=session).info["created"]
+
+    def test_health_and_stats_count_turns(self, fast):
+        before = fast.stats()
+        turn = fast.turn("Hello " * 20)
+        after = fast.stats()
+        check_fields(after, STATS)
+        check_fields(after["time_to_first_chunk"], "p50:number p95:number")
+        check_fields(fast.get("/health"), HEALTH)
+        grown = {name: after[name] - before[name] for name in (*COUNTERS, "total_sessions_created", "active_sessions")}
+        assert grown == dict.fromkeys(grown, 1) | {"failed_requests": 0, "total_chunks": len(turn.chunks)}
+        assert after["total_bytes"] > before["total_bytes"] and after["start_time"] == before["start_time"]
+        assert after["average_response_time"] is not None and after["average_chunks_per_stream"] is not None
+
+    def test_stats_have_an_entry_for_each_running_turn(self, server):
+        session = new_id()
+        stream = server.chat(LONG, session_id=session, turn_id="t").read(4)
+        entry, = server.stats()["streams"]
+        check_fields(entry, RUNNING)
+        assert (entry["session_id"], entry["turn_id"], entry["readers"]) == (session, "t", 1) and entry["chunks"] >= 2
+        assert server.get("/health")["streaming_connections"] == 1
+        assert [s["streaming"] for s in server.get("/sessions")["sessions"] if s["session_id"] == session] == [True]
+        server.stop(session)
+        stream.check()
+        assert server.stats()["streams"] == []
+
+    def test_before_the_first_turn_averages_are_null(self, serve):
+        stats = serve().stats()
+        check_fields(stats, STATS)
+        assert [stats[name] for name in COUNTERS] == [0, 0, 0, 0]
+        assert (stats["average_response_time"], stats["average_chunks_per_stream"]) == (None, None)
+        assert stats["time_to_first_chunk"] == {"p50": None, "p95": None}
+
+
+# ---- Errors
+
+def chat_field(name, value, **more):
+    return f"{name} {value!r}"[:60], chat_request({"message": "Hi", name: value} | more), 400, "invalid_field"
+
+
+def with_type(value):
+    return value, chat_request({"message": "Hi"}, f"Content-Type: {value}"), 415, "unsupported_media_type"
+
+
+BAD_IDS = ["", "new", "x" * 65, "a b", "a/b", "a\n", "\u00e4", "\u0663", "a.b", 5, True, ["a"], {}]
+BAD_REQUESTS = [        # name, bytes, status, code
+    ("no body", http_request("POST", "/chat/stream"), 400, "invalid_json"),
+    *((f"JSON: {body[:30]!r}", chat_request(body), 400, "invalid_json") for body in (
+        b"", b" ", b"{", b"Hello", b"{'message':'Hi'}", b'{"message":"Hi"} x', b'{"message":"Hi",}',
+        b'{"message":"a\nb"}', b'{"message":"\xff"}', b'{"message":"\xed\xa0\x80"}', b'{"message":"Hi"}\x00',
+        b'{"message":"Hi","n":NaN}',
+        b'{"message":"Hi","n":-Infinity}', b'{"message":"Hi","n":' + b"9" * 5000 + b"}", b"[" * 100_000,
+        b'{"message":' + b"[" * 100_000 + b"]" * 100_000 + b"}", '{"message":"Hi"}'.encode("utf-16"),
+        '{"message":"Hi"}'.encode("utf-16-le"), '{"message":"Hi"}'.encode("utf-32"))),
+    *((f"JSON type: {body.decode()}", chat_request(body), 400, "invalid_field") for body in (
+        b"[]", b'[{"message":"Hi"}]', b'"message"', b"1", b"null", b"true")),
+    ("no message", chat_request({"text": "Hi"}), 400, "invalid_field"),
+    *(chat_field("message", value) for value in (None, 5, True, ["Hi"], {}, "", " ", "\n\t \u3000\u2028", "\ud800",
+                                                 "a\udfffb", "x" * 100_001)),
+    *(chat_field("session_id", value) for value in BAD_IDS),
+    *(chat_field("turn_id", value, session_id="bad-request") for value in BAD_IDS if value != "new"),
+    ("turn_id alone", chat_request({"message": "Hi", "turn_id": "t"}), 400, "invalid_field"),
+    ("turn_id with null", chat_request({"message": "Hi", "turn_id": "t", "session_id": None}), 400, "invalid_field"),
+    *map(with_type, ("text/plain", "application/xml", "application/jsonx", "application/json-patch+json", "json",
+                     "multipart/form-data; boundary=x")),
+    ("a new session: not JSON", http_request("POST", "/sessions/new", body=b"{"), 400, "invalid_json"),
+    ("a new session: a list", http_request("POST", "/sessions/new", body=[]), 400, "invalid_field"),
+    *((f"a new session: {body}", http_request("POST", "/sessions/new", body=body), 400, "invalid_field") for body in (
+        {"session_id": "new"}, {"session_id": "a b"}, {"session_id": 5}, {"model_id": 5}, {"model_id": ""},
+        {"model_id": "-x"}, {"model_id": "a b"}, {"model_id": "x" * 101}, {"model_id": "../x"}, {"model_id": "x\n"})),
+    ("a chunked request", http_request("POST", "/chat/stream", "Transfer-Encoding: chunked") + b"0\r\n\r\n",
+     411, "length_required"),
+    ("a body over 2 MiB", http_request("POST", "/chat/stream", f"Content-Length: {2**21 + 1}"),
+     413, "payload_too_large"),
+    ("an unknown path", http_request("GET", "/nope"), 404, "not_found"),
+    ("a path that goes on", http_request("GET", "/health/more"), 404, "not_found"),
+    ("route before method", http_request("PUT", "/nope"), 404, "not_found"),
+    ("route before unknown method", http_request("BREW", "/nope"), 404, "not_found"),
+    ("route before body", http_request("POST", "/nope", body=b"{"), 404, "not_found"),
+    ("method before body", http_request("POST", "/health", body=b"{"), 405, "method_not_allowed"),
+    *((f"unknown session: {method} {path}", http_request(method, "/sessions/nobody" + path), 404, "session_not_found")
+      for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/stream"), ("POST", "/stop"), ("POST", "/clear"))),
+    *((f"unknown method {method}", http_request(method, "/health"), 501, "not_implemented")
+      for method in ("BREW", "PROPFIND", "get", "GETS")),
+    ("no request", b"Hello\r\n\r\n", 400, "bad_request"),
+    ("HTTP/2", http_request("GET", "/health", version="HTTP/2.0"), 505, "version_not_supported"),
+    ("a long path", http_request("GET", "/" + "x" * 70_000), 414, "uri_too_long"),
+    ("a long field", http_request("GET", "/health", "X: " + "x" * 70_000), 431, "headers_too_large"),
+    ("many fields", http_request("GET", "/health", *["X: x"] * 150), 431, "headers_too_large"),
+]
+
+
+class TestErrors:
+    """Before a stream starts, every error is problem details (RFC 9457), and leaves nothing behind."""
+
+    @cases(BAD_REQUESTS)
+    def test_a_bad_request_is_refused_and_leaves_nothing_behind(self, fast, case):
+        _, raw, status, code = case
+        before = fast.get("/health")
+        connection = fast.connect()
+        with contextlib.suppress(ConnectionError):      # it may be refused before it was sent
+            connection.send(raw)
+        check_problem(fast.response(connection), status, code)
+        after = fast.get("/health")
+        assert after | {"uptime_seconds": before["uptime_seconds"]} == before
+
+    def test_the_detail_of_415_shows_the_command_that_works(self, fast):
+        response = fast.request("POST", "/chat/stream", {"message": "Hi"}, ["Content-Type: text/plain"])
+        detail = check_problem(response, 415, "unsupported_media_type")["detail"]
+        assert "curl" in detail and "/chat/stream" in detail
+
+    @pytest.mark.parametrize("after", ["", "-1", "+1", "1.5", "x", "1e3", "0x1", "1234567890", "\u0663", " 1", "1\n"])
+    def test_after_is_one_to_nine_digits(self, fast, after):
+        session = new_id()
+        fast.turn("Hi", session_id=session)
+        response = fast.request("GET", f"/sessions/{session}/stream?after={quote(after)}")
+        check_problem(response, 400, "invalid_field")
+
+    @pytest.mark.parametrize("body, code", [
+        (b"{", "invalid_json"), ([], "invalid_field"), ({"turn_id": 5}, "invalid_field"),
+        ({"turn_id": "a b"}, "invalid_field")])
+    def test_a_bad_stop_stops_nothing(self, server, body, code):
+        session = new_id()
+        stream = server.chat(LONG, session_id=session).read(3)
+        check_problem(server.request("POST", f"/sessions/{session}/stop", body), 400, code)
+        assert stream.read(5) and server.stop(session)
+
+    def test_an_error_whose_request_was_read_leaves_the_connection_open(self, fast):
+        connection = fast.connect()
+        for raw, status in [(chat_request(b"{"), 400), (http_request("GET", "/nope"), 404), (chat_request({}), 400),
+                            (http_request("PUT", "/health"), 405), (http_request("GET", "/health"), 200)]:
+            connection.send(raw)
+            assert fast.response(connection, close=False).status == status
+
+
+# ---- Configuration
+
+FORGED = "x\nFORGED\rFORGED\x1b[31mFORGED\u2028FORGED\u0085FORGED\x0bFORGED\u202eFORGED\x07\x9b2J"
+
+
+@NOT_OURS
+class TestConfiguration:
+    """The flags and the environment, and what the console shows. Text from outside never reaches it raw."""
+
+    def test_the_model_is_offline_where_no_key_is_set(self, own):
+        assert own().get("/health")["model"] == "offline"
+
+    @pytest.mark.parametrize("flags, more", [
+        (("--model", "offline"), {"GENAI_MODEL_ID": "gemini-x"}), ((), {"GENAI_MODEL_ID": "offline"}),
+        (("--model", "offline"), {"GOOGLE_API_KEY": "no-real-key"}),
+    ], ids=["the flag goes before the environment", "the environment names it", "a key is no obstacle"])
+    def test_the_offline_model_needs_no_key(self, serve, flags, more):
+        server = serve(*flags, **more)
+        assert server.get("/")["model"] == server.turn("Hi").info["model"] == "offline"
+
+    def test_a_session_of_a_gemini_model_needs_a_key(self, own):
+        response = own().request("POST", "/sessions/new", {"model_id": "gemini-x"})
+        assert "GOOGLE_API_KEY" in check_problem(response, 400, "invalid_field")["detail"]
+
+    def test_debug_is_there_only_with_its_flag(self, own):
+        check_problem(own().request("GET", "/debug"), 404, "not_found")
+        assert own("--debug").get("/debug")
+
+    @pytest.mark.parametrize("level", ["full", "brief", "off"])
+    def test_the_log_shows_as_much_as_it_was_told(self, serve, level):
+        server = serve("--log", level, "--chunk-delay", "0")
+        before = server.log()
+        assert before.endswith("\n") and before.splitlines()[-1].startswith("Serving on http://127.0.0.1:")
+        server.turn("SECRET message", session_id="a-session")
+        server.request("GET", "/nope/%0AFORGED")
+        time.sleep(0.1)
+        log = server.log().removeprefix(before)
+        assert ("SECRET" in log, "a-sess" in log) == (level == "full", level != "off")
+
+    def test_the_log_is_plain_where_it_is_no_terminal_and_cannot_be_forged(self, serve):
+        server = serve("--log", "full", "--chunk-delay", "0")
+        server.turn(FORGED)
+        server.request("GET", "/" + quote(FORGED))
+        connection = server.connect()
+        connection.send(b"GET /\x1b[31m\x0bFORGED HTTP/1.1\r\nHost: x\r\n\r\n")
+        server.response(connection)
+        time.sleep(0.1)
+        log = server.log()
+        assert "FORGED" in log and not any(line.strip().startswith("FORGED") for line in log.splitlines())
+        raw = {character for character in log if unicodedata.category(character) in ("Cc", "Zl", "Zp")}
+        assert raw <= {"\n"} and "\u202e" not in log
+
+    def test_a_console_that_knows_only_ascii_does_no_harm(self, serve):
+        server = serve("--log", "full", "--chunk-delay", "0", PYTHONIOENCODING="ascii")
+        server.turn("na\u00efve \U0001f600")
+        assert server.log().isascii()
+
+
+# ---- Models: the real google-genai package against a stand-in of Gemini's streaming HTTP API (server-sent events).
+# ---- GOOGLE_GEMINI_BASE_URL leads there. The last user message chooses what happens: "case: NAME" is looked up in
+# ---- GEMINI_REFUSALS and GEMINI_STREAMS, any other text is echoed in several responses.
+
+KEY = "TESTKEY-0123456789_abcdefghijklmno"  # does not look like a key of Google's
+GEMINI_PATH = re.compile(r"/\w+/(?P<model>.+):streamGenerateContent\?alt=sse")
+
+HOLD = "wait until the test lets go"
+CUT = "close the connection before the last transfer chunk"
+RESET = "reset the connection"
+
+
+class GeminiRequest(NamedTuple):
+    path: str
+    model: str
+    headers: dict[str, str]  # names in lower case
+    contents: list[dict]
+    time: float
+
+    @property
+    def key(self) -> str | None:
+        return self.headers.get("x-goog-api-key")
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        return [(content["role"], "".join(part["text"] for part in content["parts"])) for content in self.contents]
+
+
+def says(*parts, finish=None, usage=None, **more):
+    """One GenerateContentResponse; a part is a text or a whole part."""
+    candidate = {"index": 0}
+    if parts:
+        parts = [{"text": part} if isinstance(part, str) else part for part in parts]
+        candidate["content"] = {"role": "model", "parts": parts}
+    if finish:
+        candidate["finishReason"] = finish
+    return {"candidates": [candidate], "usageMetadata": usage or GEMINI_USAGE, "modelVersion": "gemini-test", **more}
+
+
+def fails(status, message, word, **more):
+    return {"error": {"code": status, "message": message, "status": word, **more}}
+
+
+STRANGERS_KEY = "AIzaSySTRANGER-0123456789_abcdefghijklm"  # not a real one
+GEMINI_USAGE = {"promptTokenCount": 7, "candidatesTokenCount": 5, "totalTokenCount": 12}
+KEY_INVALID = {
+    "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+    "reason": "API_KEY_INVALID",
+    "domain": "googleapis.com",
+    "metadata": {"service": "generativelanguage.googleapis.com"},
+}
+BAD_KEY = fails(400, "API key not valid. Please pass a valid API key.", "INVALID_ARGUMENT", details=[KEY_INVALID])
+TELLTALE = fails(400, "Key <key> not valid (?key=<key>).", "INVALID_ARGUMENT", details=[KEY_INVALID, {"key": "<key>"}])
+QUOTA = fails(429, "You exceeded your current quota.\n* Quota exceeded for metric: requests", "RESOURCE_EXHAUSTED")
+BUSY = fails(503, "The model is overloaded. Please try again later.", "UNAVAILABLE")
+BROKEN = fails(500, "An internal error has occurred.", "INTERNAL")
+NOT_FOUND = fails(404, "models/<model> is not found for API version v1.", "NOT_FOUND")
+
+# name → answers of the first try, the second …; the last one goes for all that follow, None is a good answer.
+# A bytes body is sent as it is. <key> and <model> stand for those of the request.
+GEMINI_REFUSALS = {
+    "bad key": [(400, BAD_KEY)],
+    "bad key repeated": [(400, TELLTALE)],
+    "key repeated often": [(400, fails(400, "<key>" * 50, "INVALID_ARGUMENT"))],
+    "bad request": [(400, fails(400, "GeminiRequest contains an invalid argument.", "INVALID_ARGUMENT"))],
+    "unauthenticated": [(401, fails(401, "GeminiRequest had invalid authentication credentials.", "UNAUTHENTICATED"))],
+    "forbidden": [(403, fails(403, f"Keys <key> and {STRANGERS_KEY} were leaked.", "PERMISSION_DENIED"))],
+    "no such model": [(404, NOT_FOUND)],
+    "quota once": [(429, QUOTA), None],
+    "quota": [(429, QUOTA)],
+    "busy": [(503, BUSY)],
+    "busy and broken once": [(503, BUSY), (500, BROKEN), None],
+    "broken": [(500, BROKEN)],
+    "bad gateway": [(502, b"<html><title>502 Bad Gateway</title>" + b"<p>Wait.</p>" * 500)],
+    "error without text": [(418, {"error": {"code": 418}})],
+}
+
+# name → what to send, in order: a dict as a data line, bytes as they are, or HOLD, CUT, RESET.
+GEMINI_STREAMS = {
+    "hold before text": [HOLD, says("Late.", finish="STOP")],
+    "hold after text": [says("First "), HOLD, says("second.", finish="STOP")],
+    "cut before text": [CUT],
+    "cut in the middle": [says("Half an "), CUT],
+    "cut in a line": [says("Half an "), b'data: {"candidates": [{"content": {"parts": [{"te', CUT],
+    "reset in the middle": [says("Half an "), RESET],
+    "end in a line": [says("Half an "), b'data: {"candidates": [{"content": {"parts": [{"te'],
+    "no finish reason": [says("Half an "), says("answer")],
+    "nothing at all": [],
+    "error first": [fails(503, "The model is overloaded.", "UNAVAILABLE")],
+    "quota in the middle": [says("Half an "), QUOTA],
+    "bad key in the middle": [says("Half an "), TELLTALE],
+    "error after a reason": [says("Half an ", finish="STOP"), BROKEN],
+    "error in the middle": [says("Half an "), BROKEN],
+    "error as bare lines": [says("Half an "), json.dumps(BROKEN, indent=2).encode()],
+    "no JSON": [says("Half an "), b"data: <html>\n\n"],
+    "blocked prompt": [{"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": GEMINI_USAGE}],
+    "blocked answer": [says(finish="SAFETY")],
+    "blocked after text": [says("Once upon "), says(finish="RECITATION")],
+    "blocked by a new reason": [says("Once upon "), says(finish="MODEL_ARMOR")],
+    "too long": [says("On and on"), says(" and", finish="MAX_TOKENS")],
+    "too long thought": [says({"text": "Hm.", "thought": True}), says(finish="MAX_TOKENS")],
+    "other": [says("Text"), says(finish="MALFORMED_RESPONSE")],
+    "unheard of": [says("Text"), says(finish="MOON_PHASE")],
+    "reason on every piece": [says("One ", finish="STOP"), says("two.", finish="STOP")],
+    "last reason counts": [says("One ", finish="STOP"), says("two.", finish="MAX_TOKENS")],
+    "reason without parts": [says("One "), says("two."), says(finish="STOP")],
+    "usage last": [
+        says("One.", finish="STOP"),
+        {"usageMetadata": {**GEMINI_USAGE, "thoughtsTokenCount": 3, "totalTokenCount": 15}},
+    ],
+    "unspecified": [says("One ", finish="FINISH_REASON_UNSPECIFIED"), says("two.", finish="STOP")],
+    "thoughts": [
+        says({"text": "The user wants", "thought": True}),
+        says({"text": "Hm.", "thought": True}, "Answer", {"text": ".", "thoughtSignature": "c2lnbmVk"}, finish="STOP"),
+    ],
+    "empty texts": [says(""), says({}), says("One."), says(""), says("", finish="STOP")],
+    "no text": [says("", finish="STOP")],
+    "no parts": [says(finish="STOP")],
+    "two candidates": [
+        {"candidates": says("One.", finish="STOP")["candidates"] + [{"index": 1, "content": {"parts": [{"text": "B"}]}}]}
+    ],
+    "unknown fields": [says({"text": "One.", "mood": 1}, finish="STOP", weather={"sun": 1})],
+    "line separators": [says("a\u2028b\u2029c\u0085d\x0be\x1cf"), says("g", finish="STOP")],
+    "empty lines": [b"\r\n\r\n", says("One."), b"\r\n", says(finish="STOP")],
+    "no last newline": [says("One "), b"data: " + json.dumps(says("two.", finish="STOP")).encode()],
+    "white space": [says(" \n"), says("\t a  b\n\n"), says("\U0001f600\u0301 ", finish="STOP")],
+}
+
+
+class GeminiStandIn(ThreadingHTTPServer):
+    """Serves from its making until close(), or as a context manager."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 256
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), GeminiHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.requests: list[GeminiRequest] = []
+        self.tries: Counter[str] = Counter()  # by case
+        self.let_go = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self):
+        self.let_go.set()
+        self.shutdown()
+        self.server_close()
+
+    def shutdown_request(self, request):
+        request.close()  # no FIN before a RST
+
+    def __exit__(self, *_):
+        self.close()
+
+    def asked(self, text):
+        """The requests whose last message was this."""
+        return [request for request in self.requests if request.texts and request.texts[-1] == ("user", text)]
+
+    def handle_error(self, request, client_address):
+        pass  # only a reader that left gets here
+
+
+class GeminiHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def setup(self):
+        super().setup()
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        match = GEMINI_PATH.fullmatch(self.path)
+        if not match:
+            return self.refuse(404, b"no such path")
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = GeminiRequest(self.path, match["model"], headers, body["contents"], time.monotonic())
+        self.server.requests.append(request)
+        for _, text in request.texts:
+            if not text:
+                return self.refuse(400, fails(400, "Unable to submit: empty text parameter", "INVALID_ARGUMENT"))
+        text = request.texts[-1][1]
+        case = text.removeprefix("case: ")
+        refusals = GEMINI_REFUSALS.get(case, [None]) if text.startswith("case: ") else [None]
+        refusal = refusals[min(self.server.tries[text], len(refusals) - 1)]
+        # A case whose last answer is good starts anew after it, so that it can be asked twice.
+        self.server.tries[text] = 0 if refusal is None else self.server.tries[text] + 1
+        if refusal:
+            return self.refuse(*refusal)
+        if text.startswith("case: ") and case not in GEMINI_REFUSALS:
+            self.stream(GEMINI_STREAMS[case])
+        else:
+            self.stream(echoes(request.texts))
+
+    def encode(self, item, **options):
+        """Gemini writes UTF-8 raw: of all that is not ASCII nothing is escaped."""
+        if isinstance(item, bytes):
+            return item
+        text = json.dumps(item, ensure_ascii=False, **options)
+        model = GEMINI_PATH.fullmatch(self.path)["model"].rpartition("/")[2]
+        return text.replace("<key>", self.headers.get("x-goog-api-key", "")).replace("<model>", model).encode()
+
+    def refuse(self, status, body):
+        body = self.encode(body, indent=2)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=UTF-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def stream(self, steps):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for step in steps:
+            if step is HOLD:
+                self.server.let_go.wait(30)
+            elif step in (CUT, RESET):
+                if step is RESET:  # linger 0: the kernel answers with RST
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                return
+            elif isinstance(step, bytes):
+                self.transfer_chunk(step)
+            else:
+                self.transfer_chunk(b"data: " + self.encode(step) + b"\r\n\r\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def transfer_chunk(self, data: bytes):
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+def echoes(texts):
+    """"Message N: TEXT" in pieces of about eight characters, so that words are split as Gemini's tokens split them."""
+    text = f"Message {len(texts)}: {texts[-1][1]}"
+    given = sum(len(words.split()) for _, words in texts)
+    pieces = [text[start : start + 8] for start in range(0, len(text), 8)]
+    for number, piece in enumerate(pieces, 1):
+        usage = {"promptTokenCount": given, "candidatesTokenCount": number, "totalTokenCount": given + number}
+        yield says(piece, finish="STOP" if number == len(pieces) else None, usage=usage)
+
+
+# What the service does, the finish_reason or error code it must come to, the text seen, the requests it takes, and
+# what a failure's message must name.
+MODEL_ENDS = [
+    # refused
+    ("bad key", "model_auth", "", 1, "GEMINI_API_KEY"),
+    ("bad key repeated", "model_auth", "", 1, "GEMINI_API_KEY"),
+    ("key repeated often", "model_error", "", 1, "[key]"),
+    ("bad request", "model_error", "", 1, "invalid argument"),
+    ("unauthenticated", "model_auth", "", 1, "401"),
+    ("forbidden", "model_auth", "", 1, "403"),
+    ("no such model", "model_not_found", "", 1, "GENAI_MODEL_ID"),
+    ("bad gateway", "model_error", "", 1, "502"),
+    ("error without text", "model_error", "", 1, "418"),
+    # refused for now: three tries in all, before the first piece only
+    ("quota once", "stop", "Message 3: case: quota once", 2, ""),
+    ("busy and broken once", "stop", "Message 3: case: busy and broken once", 3, ""),
+    ("quota", "model_overloaded", "", 3, "quota"),
+    ("busy", "model_overloaded", "", 3, "overloaded"),
+    ("broken", "model_error", "", 3, "500"),
+    ("error first", "model_overloaded", "", 3, "overloaded"),
+    ("quota in the middle", "model_overloaded", "Half an ", 1, "quota"),
+    ("error in the middle", "model_error", "Half an ", 1, "500"),
+    ("error as bare lines", "model_error", "Half an ", 1, "500"),
+    ("error after a reason", "model_error", "Half an ", 1, "500"),
+    ("bad key in the middle", "model_auth", "Half an ", 1, "GEMINI_API_KEY"),
+    # cut
+    ("cut before text", "model_cut", "", 1, ""),
+    ("cut in the middle", "model_cut", "Half an ", 1, ""),
+    ("cut in a line", "model_cut", "Half an ", 1, ""),
+    ("end in a line", "model_cut", "Half an ", 1, ""),
+    ("reset in the middle", "model_cut", "Half an ", 1, ""),
+    ("no JSON", "model_cut", "Half an ", 1, ""),
+    ("no finish reason", "model_cut", "Half an answer", 1, ""),
+    ("nothing at all", "model_cut", "", 1, ""),
+    # blocked
+    ("blocked prompt", "model_blocked", "", 1, "PROHIBITED_CONTENT"),
+    ("blocked answer", "model_blocked", "", 1, "SAFETY"),
+    ("blocked after text", "content_filter", "Once upon ", 1, ""),
+    ("blocked by a new reason", "content_filter", "Once upon ", 1, ""),
+    # no text
+    ("no text", "model_error", "", 1, ""),
+    ("no parts", "model_error", "", 1, ""),
+    # finish reasons
+    ("too long", "length", "On and on and", 1, ""),
+    ("too long thought", "length", "", 1, ""),
+    ("other", "other", "Text", 1, ""),
+    ("unheard of", "other", "Text", 1, ""),
+    ("reason on every piece", "stop", "One two.", 1, ""),
+    ("last reason counts", "length", "One two.", 1, ""),
+    ("reason without parts", "stop", "One two.", 1, ""),
+    ("unspecified", "stop", "One two.", 1, ""),
+    # texts
+    ("thoughts", "stop", "Answer.", 1, ""),
+    ("empty texts", "stop", "One.", 1, ""),
+    ("empty lines", "stop", "One.", 1, ""),
+    ("two candidates", "stop", "One.", 1, ""),
+    ("unknown fields", "stop", "One.", 1, ""),
+    ("usage last", "stop", "One.", 1, ""),
+    ("line separators", "stop", "a\u2028b\u2029c\u0085d\x0be\x1cfg", 1, ""),
+    ("no last newline", "stop", "One two.", 1, ""),
+    ("white space", "stop", " \n\t a  b\n\n\U0001f600\u0301 ", 1, ""),
+]
+
+
+@pytest.fixture(scope="class")
+def stand_in():
+    if OUTSIDE:
+        pytest.skip("needs a server of our own, with special flags")
+    if not importlib.util.find_spec("google") or not importlib.util.find_spec("google.genai"):
+        missing("google-genai")
+    with GeminiStandIn() as stand_in:
+        yield stand_in
+
+
+def gemini_server(stand_in, *flags, **more):
+    """A server of our own whose Gemini is the stand-in."""
+    urls = {"GOOGLE_GEMINI_BASE_URL": stand_in.url, "GOOGLE_VERTEX_BASE_URL": stand_in.url}
+    return running("--chunk-delay", "0", "--debug", *flags, **urls, **more)
+
+
+@pytest.fixture(scope="class")
+def gemini(stand_in):
+    with gemini_server(stand_in, "--model", "gemini-test", GEMINI_API_KEY=KEY) as server:
+        yield server
+
+
+@pytest.fixture(scope="class")
+def ends(gemini):
+    """How the turn of each case ended, and the history then. Eight run at once, for the retries take seconds."""
+
+    def run(case):
+        session = case.replace(" ", "-")
+        before = gemini.chat("hello", session_id=session).check()
+        return gemini.chat(f"case: {case}", session_id=session).check(), gemini.history(session), before
+
+    return dict(zip((row[0] for row in MODEL_ENDS), in_parallel(run, [row[0] for row in MODEL_ENDS]), strict=True))
+
+
+@NOT_OURS
+class TestModels:
+    """What Gemini does becomes the events of a turn, and a failed turn leaves the history as it was."""
+
+    @cases(MODEL_ENDS)
+    def test_each_end_of_the_model_has_its_code(self, stand_in, ends, case):
+        name, end, text, requests, names = case
+        turn, history, _ = ends[name]
+        before = [("user", "hello"), ("model", "Message 1: hello")]
+        assert turn.text == text
+        if turn.end["type"] == "error":
+            assert turn.end["code"] == end and names in turn.end["message"]
+            assert history == before
+        else:
+            assert (turn.end["finish_reason"], turn.end["message_count"]) == (end, 4)
+            assert history == [*before, ("user", f"case: {name}"), ("model", text)]
+        assert len(stand_in.asked(f"case: {name}")) == requests
+
+    def test_a_key_gets_out_nowhere(self, gemini, ends):
+        paths = ("/", "/health", "/stats", "/debug", "/sessions", "/openapi.json")
+        everything = [str(ends), gemini.log(), *(str(gemini.get(path)) for path in paths)]
+        for text in everything:
+            assert not any(part in text for part in (KEY[:10], KEY[-10:], STRANGERS_KEY))
+
+    def test_the_package_prints_nothing_of_its_own(self, gemini, ends):
+        for trace in ("Warning", "warnings.warn", "is not a valid", "google/genai", "Both"):
+            assert trace not in gemini.log()
+
+    def test_the_totals_balance_after_all_failures(self, gemini, ends):
+        health = gemini.get("/health")
+        assert health["failed_requests"] >= [turn.end["type"] for turn, _, _ in ends.values()].count("error")
+        assert health["total_requests"] == health["successful_requests"] + health["failed_requests"]
+
+    def test_retries_come_soon_but_not_at_once(self, stand_in, ends):
+        first, second, third = (request.time for request in stand_in.asked("case: quota"))
+        assert 0.3 < second - first < 3 and 0.3 < third - second < 4
+
+    def test_the_first_piece_arrives_while_the_model_still_writes(self, gemini, stand_in):
+        stand_in.let_go.clear()
+        session = new_id()
+        stream = gemini.chat("case: hold after text", session_id=session)
+        assert stream.read_until("chunk")["text"] == "First "
+        assert gemini.session(session)["streaming"]
+        stand_in.let_go.set()
+        turn = stream.check()
+        assert (turn.text, turn.end["finish_reason"]) == ("First second.", "stop")
+
+    def test_a_turn_stops_at_once_while_the_model_is_silent(self, gemini, stand_in):
+        stand_in.let_go.clear()
+        session = new_id()
+        stream = gemini.chat("case: hold before text", session_id=session).read(2)
+        asked = time.monotonic()
+        assert gemini.stop(session)
+        turn = stream.check()
+        assert time.monotonic() - asked < 1
+        assert (turn.end["finish_reason"], turn.end["message_count"], gemini.history(session)) == ("cancelled", 0, [])
+        stand_in.let_go.set()
+        assert gemini.turn("hello", session_id=session).end["finish_reason"] == "stop"  # the late piece did no harm
+
+    def test_every_turn_sends_the_whole_history(self, gemini, stand_in):
+        session = new_id()
+        for message in ("one", "two \n", "three"):
+            gemini.turn(message + session, session_id=session)
+        sent = stand_in.asked("three" + session)[0]
+        assert sent.texts == [
+            ("user", "one" + session), ("model", f"Message 1: one{session}"),
+            ("user", "two \n" + session), ("model", f"Message 3: two \n{session}"),
+            ("user", "three" + session)]
+        assert sent.key == KEY and sent.model == "models/gemini-test"
+
+    def test_a_failed_turn_is_no_part_of_what_is_sent_next(self, gemini, stand_in):
+        session = new_id()
+        for message in ("case: cut in the middle", "case: bad request", "again" + session):
+            gemini.chat(message, session_id=session).check()
+        assert stand_in.asked("again" + session)[0].texts == [("user", "again" + session)]
+
+    def test_a_failed_turn_is_run_anew_by_its_retry(self, gemini, stand_in):
+        ids = {"session_id": (session := new_id()), "turn_id": "t"}
+        failed = gemini.chat("case: bad request", **ids).check()
+        assert gemini.chat("case: bad request", **ids).check().info != failed.info
+        turn = gemini.turn("another message", **ids)
+        assert turn.end["message_count"] == len(gemini.history(session)) == 2
+
+    def test_an_answer_without_text_is_not_sent(self, gemini, stand_in):
+        session = new_id()
+        for message in ("case: too long thought", "again" + session):
+            gemini.chat(message, session_id=session).check()
+        sent = stand_in.asked("again" + session)[0].texts
+        assert sent == [("user", "case: too long thought"), ("user", "again" + session)]
+
+    def test_complete_tells_the_usage(self, ends):
+        *_, before = ends["usage last"]
+        assert before.end["usage"] == {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
+        with_thoughts = ends["usage last"][0].end["usage"]
+        assert with_thoughts == {"input_tokens": 7, "output_tokens": 8, "total_tokens": 15}
+
+    def test_many_turns_run_at_once(self, gemini, stand_in):
+        stand_in.let_go.clear()
+        streams = [gemini.chat("case: hold after text") for _ in range(120)]  # the package's own limit is 100
+        starts = in_parallel(lambda stream: stream.read_until("chunk")["text"], streams, workers=120)
+        stand_in.let_go.set()
+        assert set(starts) == {"First "}
+        assert {stream.check().end["finish_reason"] for stream in streams} == {"stop"}
+
+    def test_a_session_may_have_a_model_of_its_own(self, gemini, stand_in):
+        session = new_id()
+        gemini.request("POST", "/sessions/new", {"session_id": session, "model_id": "gemini-other"})
+        assert gemini.turn("own" + session, session_id=session).info["model"] == "gemini-other"
+        assert stand_in.asked("own" + session)[0].model == "models/gemini-other"
+
+    def test_a_service_that_is_not_there_is_a_cut(self, stand_in):
+        away = {"GOOGLE_GEMINI_BASE_URL": "http://127.0.0.1:9", "GEMINI_API_KEY": KEY}
+        with running("--chunk-delay", "0", "--model", "gemini-test", **away) as server:
+            assert server.chat("hello").check().end["code"] == "model_cut"
+
+    @pytest.mark.parametrize("more, path, key", [
+        ({"GEMINI_API_KEY": "one", "GOOGLE_API_KEY": "two"}, "/v1", "two"),
+        ({"GEMINI_API_KEY": "one", "GOOGLE_GENAI_API_VERSION": "v1alpha"}, "/v1alpha/models/", "one"),
+        ({"GEMINI_API_KEY": "one", "GOOGLE_GENAI_USE_VERTEXAI": "true"}, "/v1beta1/publishers/google/models/", "one"),
+        ({"GOOGLE_API_KEY": "two", "GOOGLE_GENAI_USE_ENTERPRISE": "1"}, "/v1beta1/publishers/google/models/", "two"),
+    ], ids=["both keys", "API version", "Vertex", "Enterprise"])
+    def test_the_variables_of_google_genai_count(self, stand_in, more, path, key):
+        with gemini_server(stand_in, GENAI_MODEL_ID="gemini-test", **more) as server:
+            text = new_id()
+            server.turn(text)
+            assert "Both" not in server.log()
+        [request] = stand_in.asked(text)
+        assert request.path.startswith(path) and request.key == key
+
+    def test_a_key_chooses_gemini(self, stand_in):
+        with gemini_server(stand_in, GEMINI_API_KEY=KEY) as server:
+            assert server.get("/health")["model"] == "gemini-3.8-flash"
+
+    @pytest.mark.parametrize("flags", [(), ("--model", "gemini-test")])
+    def test_a_key_without_the_package_is_one_clear_line(self, flags):
+        command = [sys.executable, "-S", str(SERVER), "--port", "0", *flags]    # -S: no site-packages
+        done = subprocess.run(command, env=environment(GEMINI_API_KEY=KEY), capture_output=True, encoding="utf-8",
+                              timeout=PATIENCE)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert "pip install google-genai" in done.stderr and "--model offline" in done.stderr
+
+
+# ---- Clients, and a proxy in front: the README's own, run as they stand there; only the address is replaced.
+
+README = Path(__file__).with_name("README.md")
+URL = "http://127.0.0.1:8000"       # the address in the README
+CANCELLED = b'HTTP/1.1 200 OK\r\n\r\n{"type":"complete","finish_reason":"cancelled"}\n'
+TEXT = "Hello \u2028 caf\u00e9 \U0001f600, one two three"
+
+
+def block(language, marker):
+    """The README's fenced block of this language whose first line holds the marker."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    [found] = [text for text in blocks if marker in text.partition("\n")[0]]
+    return found
+
+
+def replaced(text, *changes):
+    """The text with each of these changes, (old, new), made."""
+    for old, new in changes:
+        assert old in text, f"the README has no {old!r} any more"
+        text = text.replace(old, new)
+    return text
+
+
+class Cutter:
+    """A proxy that cuts: it passes each answer on, the first one of every turn only as far as the next of `cuts`.
+
+    With `drip` an answer comes byte by byte. The first answer of a turn comes from `first`, the others from
+    `second`: two servers, so that the second looks like the first after a restart. `instead` is sent in place of the
+    first answer. `pages` are served by the proxy itself, so that pages and streams have one origin.
+    """
+
+    def __init__(self, first, second=None, cuts=(), drip=0.0, instead=None, pages=()):
+        self.first, self.second = first, second or first
+        self.cuts, self.drip, self.instead, self.pages = iter(cuts), drip, instead, dict(pages)
+        self.seen, self.answers = set(), 0
+
+    def __enter__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, client):
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with client, contextlib.suppress(OSError), client.makefile("rb") as file:
+            method, path, _ = file.readline().decode().split(" ")
+            fields = http.client.parse_headers(file)
+            body = file.read(int(fields.get("Content-Length", 0)))
+            if path in self.pages:
+                media_type, page = self.pages[path]
+                client.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: %s\r\n\r\n%s"
+                               % (media_type.encode(), page))
+                return
+            self.answers += 1
+            turn = json.loads(body or b"{}").get("turn_id")
+            is_first, _ = turn not in self.seen, self.seen.add(turn)
+            if is_first and self.instead:
+                client.sendall(self.instead)
+                return
+            limit = next(self.cuts, None) if is_first else None
+            server = self.first if is_first else self.second
+            head = ["Connection: close"] if body == b"" else ["Connection: close", "Content-Type: application/json"]
+            with server.connect().socket as upstream:
+                upstream.sendall(http_request(method, path, *head, body=body or None))
+                self._pass_on(upstream, client, limit)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def _pass_on(self, upstream, client, left):
+        while left != 0 and (data := upstream.recv(min(left or 65_536, 65_536))):
+            left = left and left - len(data)
+            for at in range(0, len(data), 1 if self.drip else len(data)):
+                client.sendall(data[at:at + 1] if self.drip else data)
+                time.sleep(self.drip)
+
+
+def places_to_cut(server, step):
+    """Every `step`th byte of an answer to TEXT, and every place between two transfer chunks, where a cut looks clean.
+
+    The last one leaves out only the newline of the terminal event.
+    """
+    connection = server.connect()
+    ids = {"session_id": new_id(), "turn_id": new_id()}
+    connection.send(http_request("POST", "/chat/stream", "Connection: close", body={"message": TEXT, **ids}))
+    answer = connection.file.read()
+    connection.close()
+    end = answer.rindex(b"}\n") + 1
+    return sorted({*range(0, end, step), *(match.end() for match in re.finditer(b"\r\n", answer[:end])), end})
+
+
+def check_turns(server, turns):
+    """Each of (session, text that the client showed) is in the history, once, as it was shown."""
+    for session, shown in turns:
+        history = server.history(session)
+        assert [role for role, _ in history] == ["user", "model"], history
+        assert history[1][1] == shown
+
+
+@pytest.fixture
+def instant(own):
+    """A server without pace."""
+    return own("--chunk-delay", "0", "--log", "off")
+
+
+@pytest.fixture
+def restarted(serve):
+    """The same server when it is back, with its memory lost."""
+    return serve("--chunk-delay", "0", "--log", "off")
+
+
+def url_of(server):
+    return "http://{}:{}".format(*server.address)
+
+
+def run(command, folder):
+    """Run a program in a folder, and return what it printed."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def load(marker, url):
+    """A Python block of the README as a module, which talks to `url` and never pauses."""
+    spec = importlib.util.spec_from_loader("readme", None)
+    module = importlib.util.module_from_spec(spec)
+    exec(compile(block("python", marker), str(README), "exec"), vars(module))     
+    assert module.URL == URL
+    module.URL = url
+    module.PAUSES = [0] * len(getattr(module, "PAUSES", ()))
+    return module
+
+
+NO_PAUSE = ("[0, 500, 1000, 2000, 4000, 8000]", "[0, 1, 1, 1, 1, 1]")
+MANY_FETCHES = """
+const turns = [];
+for (let i = 0; i < count; i++) {
+  const session = crypto.randomUUID();
+  let shown = "";
+  const answer = await chat(text, session, (answer, news) => { shown += news; });
+  turns.push([session, answer, shown]);
+}
+"""
+
+
+class TestClients:
+    """Readers that others wrote see the same lines."""
+
+    def test_the_standard_librarys_client_reads_a_stream(self, fast):
+        client = http.client.HTTPConnection(*fast.address, timeout=PATIENCE)
+        for message in ("Hello", "again"):
+            client.request("POST", "/chat/stream", json.dumps({"message": message}))
+            check_turn(client.getresponse().read().splitlines(keepends=True), message=message, **fast.pace)
+        client.close()
+
+
+class TestPythonClient:
+    def test_it_runs_as_it_stands(self, instant, tmp_path):
+        path = tmp_path / "chat.py"
+        path.write_text(replaced(block("python", "# chat.py"), (URL, url_of(instant))), "utf-8")
+        printed = run([sys.executable, path], tmp_path)
+        assert printed.count("You said: ") == 2 and "2 messages came before this one." in printed
+
+    def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, instant, capsys):
+        cuts = places_to_cut(instant, 13)
+        with Cutter(instant, cuts=cuts) as cutter:
+            client, turns = load("# chat.py", cutter.url), []
+            for _ in cuts:
+                session = new_id()
+                turns.append((session, client.chat(TEXT, session)))
+                assert capsys.readouterr().out == turns[-1][1] + "\n"
+            assert cutter.answers == 2 * len(cuts)
+        check_turns(instant, turns)
+
+    def test_lines_may_come_byte_by_byte(self, instant):
+        session = new_id()
+        with Cutter(instant, drip=0.0002) as cutter:
+            check_turns(instant, [(session, load("# chat.py", cutter.url).chat(TEXT, session))])
+
+    def test_text_comes_as_the_model_writes_it(self, own, capsys):
+        server, times, session = own("--chunk-delay", "0.02"), [], new_id()
+        client = load("# chat.py", url_of(server))
+        client.print = lambda *args, **kwargs: times.append(time.time())
+        client.chat(TEXT, session)
+        assert times[-1] - times[0] > 0.05
+
+    def test_another_run_drops_what_was_shown(self, instant, restarted, capsys):
+        session = new_id()
+        with Cutter(instant, restarted, cuts=[900]) as cutter:
+            answer = load("# chat.py", cutter.url).chat(TEXT, session)
+        check_turns(restarted, [(session, answer)])
+        assert re.fullmatch(r"You .*\n\[Another run of the turn\..*\]\n" + re.escape(answer) + "\n",
+                            capsys.readouterr().out, re.DOTALL)
+
+    @pytest.mark.parametrize("answer", [
+        b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>",
+        b'HTTP/1.1 200 OK\r\n\r\n{"type":"error","code":"server_shutdown","message":"Bye.","retryable":true}\n',
+        b'HTTP/1.1 409 Conflict\r\nContent-Length: 99\r\n\r\n{"type": "abo',
+    ])
+    def test_what_may_pass_is_tried_again(self, instant, answer):
+        session = new_id()
+        with Cutter(instant, instead=answer) as cutter:
+            check_turns(instant, [(session, load("# chat.py", cutter.url).chat(TEXT, session))])
+
+    @pytest.mark.parametrize("answer", [
+        b'HTTP/1.1 409 Conflict\r\nContent-Length: 14\r\n\r\n{"status":409}',
+        b'HTTP/1.1 200 OK\r\n\r\n{"type":"error","code":"model_auth","message":"No key.","retryable":false}\n',
+    ])
+    def test_what_stays_wrong_is_raised(self, instant, answer):
+        with Cutter(instant, instead=answer) as cutter:
+            client = load("# chat.py", cutter.url)
+            with pytest.raises(client.ChatError, match="409|No key"):
+                client.chat(TEXT, new_id())
+            assert cutter.answers == 1
+
+    def test_a_turn_that_was_stopped_is_told_from_a_whole_answer(self, instant, capsys):
+        with Cutter(instant, instead=CANCELLED) as cutter:
+            load("# chat.py", cutter.url).chat(TEXT, new_id())
+        assert capsys.readouterr().out == " [cancelled]\n"
+
+    def test_tries_are_bounded(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        client = load("# chat.py", f"http://127.0.0.1:{port}")
+        with pytest.raises(client.ChatError, match="6 tries"):
+            client.chat(TEXT, new_id())
+
+
+class TestRequestsClient:
+    @pytest.fixture(autouse=True)
+    def requests(self):
+        if not importlib.util.find_spec("requests"):
+            missing("requests")
+        import requests
+        return requests
+
+    def test_it_runs_as_it_stands(self, instant, tmp_path):
+        path = tmp_path / "chat_requests.py"
+        path.write_text(replaced(block("python", "# chat_requests.py"), (URL, url_of(instant))), "utf-8")
+        assert run([sys.executable, path], tmp_path).startswith("You said: Hello!")
+
+    def read(self, requests, url, session):
+        body = {"message": TEXT, "session_id": session, "turn_id": session}
+        with requests.post(url + "/chat/stream", json=body, stream=True, timeout=PATIENCE) as response:
+            return "".join(event.get("text", "") for event in load("# chat_requests.py", url).events(response))
+
+    def test_a_cut_at_any_byte_is_noticed(self, instant, requests):
+        cuts, turns = places_to_cut(instant, 53), []
+        with Cutter(instant, cuts=cuts) as cutter:
+            for _ in cuts:
+                session = new_id()
+                with pytest.raises(OSError):
+                    self.read(requests, cutter.url, session)
+                turns.append((session, self.read(requests, cutter.url, session)))
+        check_turns(instant, turns)
+
+    def test_half_a_line_at_a_clean_end_is_noticed(self, instant, requests):
+        for body in (b'{"type":"chunk","text":"He', b'{"type":"chunk","text":"He"}\n', b""):
+            with Cutter(instant, instead=b"HTTP/1.0 200 OK\r\n\r\n" + body) as cutter, pytest.raises(ConnectionError):
+                self.read(requests, cutter.url, new_id())
+
+
+class TestJavaScriptClient:
+    def files(self, folder, url):
+        node = needs("node")
+        (folder / "chat.mjs").write_text(replaced(block("js", "// chat.mjs"), (URL, url), NO_PAUSE), "utf-8")
+        return node
+
+    def many(self, folder, url, count):
+        """Turns of `count` sessions: (session, answer, what was shown of it)."""
+        node = self.files(folder, url)
+        (folder / "many.mjs").write_text(f'import {{chat}} from "./chat.mjs"; const count = {count}, text = '
+                                         f"{json.dumps(TEXT)};{MANY_FETCHES}"
+                                         "process.stdout.write(JSON.stringify(turns));")
+        return json.loads(run([node, "many.mjs"], folder))
+
+    def test_it_runs_as_it_stands(self, instant, tmp_path):
+        node = self.files(tmp_path, url_of(instant))
+        (tmp_path / "main.mjs").write_text(block("js", "// main.mjs"))
+        printed = run([node, "main.mjs"], tmp_path)
+        assert printed.count("You said: ") == 2 and "2 messages came before this one." in printed
+
+    def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, instant, tmp_path):
+        cuts = places_to_cut(instant, 31)
+        with Cutter(instant, cuts=cuts) as cutter:
+            turns = self.many(tmp_path, cutter.url, len(cuts))
+            assert cutter.answers == 2 * len(cuts)
+        assert all(answer == shown for _, answer, shown in turns)
+        check_turns(instant, [turn[:2] for turn in turns])
+
+    def test_lines_may_come_byte_by_byte(self, instant, tmp_path):
+        with Cutter(instant, drip=0.0002) as cutter:
+            check_turns(instant, [turn[:2] for turn in self.many(tmp_path, cutter.url, 1)])
+
+    def test_another_run_drops_what_was_shown(self, instant, restarted, tmp_path):
+        with Cutter(instant, restarted, cuts=[900]) as cutter:
+            [(session, answer, shown)] = self.many(tmp_path, cutter.url, 1)
+        check_turns(restarted, [(session, answer)])
+        assert "[Another run of the turn." in shown and shown.endswith("]\n" + answer)
+
+    def test_a_turn_that_was_stopped_is_told_from_a_whole_answer(self, instant, tmp_path):
+        with Cutter(instant, instead=CANCELLED) as cutter:
+            assert self.many(tmp_path, cutter.url, 1)[0][1:] == ["", " [cancelled]"]
+
+    def test_a_problem_is_raised_and_a_proxys_error_is_not(self, instant, tmp_path):
+        with Cutter(instant, instead=b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>") as cutter:
+            check_turns(instant, [turn[:2] for turn in self.many(tmp_path, cutter.url, 1)])
+        problem = b'HTTP/1.1 409 Conflict\r\nContent-Length: 14\r\n\r\n{"status":409}'
+        with Cutter(instant, instead=problem) as cutter, pytest.raises(AssertionError, match='"status":409'):
+            self.many(tmp_path, cutter.url, 1)
+
+    def test_split_on_each_read_loses_data_as_the_readme_shows(self, tmp_path):
+        (tmp_path / "split.mjs").write_text(block("js", "// split.mjs"))
+        assert run([needs("node"), "split.mjs"], tmp_path) == block("text", "split on each read:")
+
+
+class Browser:
+    """Chromium, driven by WebDriver over plain HTTP."""
+
+    FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update")
+
+    def __enter__(self):
+        driver = needs("chromedriver")
+        self.profile = tempfile.mkdtemp()
+        self.driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                       encoding="utf-8")
+        try:
+            ready = next(filter(None, (re.search(r"successfully on port (\d+)", line) for line in self.driver.stdout)))
+            self.port, self.session = int(ready[1]), ""
+            options = {"binary": needs("chromium"), "args": [*self.FLAGS, f"--user-data-dir={self.profile}"]}
+            asked = {"alwaysMatch": {"goog:chromeOptions": options, "timeouts": {"script": 30_000}}}
+            self.session = "/" + self.ask("POST", "", capabilities=asked)["sessionId"]
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        if self.session:
+            self.ask("DELETE", "")
+        self.driver.terminate()
+        self.driver.wait(PATIENCE)
+        self.driver.stdout.close()
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+    def ask(self, method, path, **body):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, f"/session{self.session}{path}", json.dumps(body) if method == "POST" else None)
+        value = json.loads(connection.getresponse().read())["value"]
+        connection.close()
+        assert not (isinstance(value, dict) and "error" in value), value
+        return value
+
+    def open(self, url):
+        self.ask("POST", "/url", url=url)
+
+    def run(self, script, *args):
+        """The value that a function body in JavaScript resolves to."""
+        script = f"const [...args] = arguments, done = args.pop(); (async () => {{{script}}})().then(done, " \
+                 "error => done(String(error)));"
+        return self.ask("POST", "/execute/async", script=script, args=list(args))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as browser:
+        yield browser
+
+
+MANY_XHRS = """
+const [count, text] = args, turns = [];
+for (let i = 0; i < count; i++) {
+  const session = crypto.randomUUID();
+  let run, shown = [];
+  const show = event => {
+    if (event.type === "session_info" && event.timestamp !== run) { run = event.timestamp; shown = []; }
+    if (event.type === "chunk" && event.chunk_number > shown.length) shown.push(event.text);
+  };
+  for (let tries = 0, whole = false; !whole && tries < 5; tries++) {
+    whole = await new Promise(resolve => chatXhr(text, session, session, show, resolve));
+  }
+  turns.push([session, shown.join("")]);
+}
+return turns;
+"""
+
+
+class TestClientsInABrowser:
+    def pages(self):
+        fetch = replaced(block("js", "// chat.mjs"), (f'"{URL}"', '""'), NO_PAUSE)
+        xhr = "<!DOCTYPE html><script>" + block("js", "// chat_xhr.js") + "</script>"
+        return {"/chat.html": ("text/html; charset=utf-8", block("html", "chat.html").encode()),
+                "/chat.mjs": ("text/javascript", fetch.encode()), "/xhr": ("text/html", xhr.encode())}
+
+    def open_page(self, browser, cutter):
+        browser.open(cutter.url + "/chat.html")
+        script = 'return document.getElementById("answer").textContent;'
+        assert wait_until(lambda: browser.run(script).endswith("this one."))
+        return browser.run(script)
+
+    def test_the_page_shows_the_answer(self, instant, browser):
+        with Cutter(instant, pages=self.pages()) as cutter:
+            text = self.open_page(browser, cutter)
+        assert text == "You said: Hello!\n\nThis is the offline model. 0 messages came before this one."
+
+    def test_fetch_survives_a_cut_at_any_byte(self, instant, browser):
+        cuts = places_to_cut(instant, 37)
+        with Cutter(instant, cuts=[None, *cuts], pages=self.pages()) as cutter:     # the page's own turn is not cut
+            self.open_page(browser, cutter)
+            turns = browser.run('const {chat} = await import("/chat.mjs"), [count, text] = args;' + MANY_FETCHES
+                                + "return turns;", len(cuts), TEXT)
+        assert all(answer == shown for _, answer, shown in turns)
+        check_turns(instant, [turn[:2] for turn in turns])
+
+    def test_xhr_survives_a_cut_at_any_byte(self, instant, browser):
+        cuts = places_to_cut(instant, 37)
+        with Cutter(instant, cuts=cuts, pages=self.pages()) as cutter:
+            browser.open(cutter.url + "/xhr")
+            check_turns(instant, browser.run(MANY_XHRS, len(cuts), TEXT))
+            assert cutter.answers >= 2 * len(cuts)
+
+    def test_xhr_reads_lines_that_come_byte_by_byte(self, instant, browser):
+        with Cutter(instant, drip=0.0002, pages=self.pages()) as cutter:
+            browser.open(cutter.url + "/xhr")
+            check_turns(instant, browser.run(MANY_XHRS, 1, TEXT))
+
+
+class TestCurl:
+    def test_the_lines_run_as_they_stand(self, instant, tmp_path):
+        needs("curl")
+        session = new_id()
+        script = replaced(block("sh", "# curl.sh"), (URL, url_of(instant)), ("my-chat", session))
+        printed = run(["sh", "-ec", script], tmp_path).splitlines()
+        assert [text for role, text in instant.history(session) if role == "user"] == ["Hello!", "And how are you?"]
+        kinds = [event_of(line.encode())["type"] for line in printed if line.startswith('{"type"')]
+        assert kinds.count("session_info") == kinds.count("complete") == 3
+        assert [json.loads(line)["stopped"] for line in printed[-2:]] == [False, False]
+
+    def test_the_loop_survives_cuts(self, instant, tmp_path):
+        needs("curl")
+        cuts = random.Random(1).sample(places_to_cut(instant, 3), 12)
+        with Cutter(instant, cuts=[None, *cuts]) as cutter:
+            for _ in range(1 + len(cuts)):
+                session, turn = new_id(), new_id()
+                script = replaced(block("sh", "# chat.sh"), (URL, cutter.url), ("my-session", session),
+                                  ("turn-1", turn), ("0 1 2 4 8", "0 0 0"), ("Hello!", "One two three"))
+                printed = run(["sh", "-c", script], tmp_path).splitlines()
+                start = max(at for at, line in enumerate(printed) if line.startswith('{"type":"session_info"'))
+                shown = "".join(json.loads(line).get("text", "") for line in printed[start:])
+                check_turns(instant, [(session, shown)])
+
+
+@contextlib.contextmanager
+def nginx(server, *changes):
+    """The README's block in a real nginx, with the addresses and these changes replaced; yields its address."""
+    program = needs("nginx", "/usr/sbin", "/usr/local/sbin")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = taken.getsockname()
+    text = replaced(block("nginx", "# nginx.conf"), ("listen 80;", "listen {}:{};".format(*address)),
+                    (URL, url_of(server)), *changes)
+    with tempfile.TemporaryDirectory() as folder:
+        user = "user root;" if hasattr(os, "geteuid") and os.geteuid() == 0 else ""
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+        conf = Path(folder, "conf")
+        conf.write_text(f"daemon off; pid {folder}/pid; {user} events {{}} http {{ access_log off; {paths}\n{text}}}")
+        process = subprocess.Popen([program, "-p", folder, "-e", f"{folder}/log", "-c", conf], stderr=subprocess.PIPE)
+        try:
+            assert wait_until(lambda: process.poll() is not None or answers(address)), "nginx does not start"
+            assert process.poll() is None, process.stderr.read().decode()
+            yield address
+        finally:
+            process.terminate()
+            process.communicate(timeout=PATIENCE)
+
+
+def answers(address):
+    with contextlib.suppress(OSError):
+        socket.create_connection(address).close()
+        return True
+    return False
+
+
+class TestProxy:
+    @pytest.fixture
+    def server(self, own):
+        return own("--chunk-delay", "0.05", "--log", "off")
+
+    def lines(self, address, method, path, body=None):
+        """The lines of a stream through the proxy, each as it comes. (nginx keeps X-Accel-Buffering to itself.)"""
+        connection = Connection(address)
+        connection.send(http_request(method, path, body=body))
+        head = connection.read_head()
+        assert (head.status, head.headers["content-type"]) == (200, "application/x-ndjson")
+        with contextlib.closing(connection):
+            yield from connection.lines(head)
+
+    def lateness(self, address, words):
+        """How many seconds after its timestamp each chunk reached us."""
+        events = map(event_of, self.lines(address, "POST", "/chat/stream", {"message": "word " * words}))
+        return [time.time() - moment(event["timestamp"]).timestamp() for event in events if event["type"] == "chunk"]
+
+    def test_chunks_arrive_live(self, server):
+        with nginx(server) as address:
+            late = self.lateness(address, 40)
+        assert len(late) > 10 and statistics.median(late) < 0.04, late
+
+    def test_the_servers_header_is_enough(self, server):
+        with nginx(server, ("proxy_buffering off;", ""), ("proxy_http_version 1.1;", "")) as address:
+            assert statistics.median(self.lateness(address, 20)) < 0.04
+
+    def test_a_buffering_proxy_is_late(self, server):
+        """The control: what the block prevents is there without it."""
+        ignoring = "proxy_ignore_headers X-Accel-Buffering;"
+        with nginx(server, ("proxy_buffering off;", ignoring), ("proxy_http_version 1.1;", "")) as address:
+            assert self.lateness(address, 20)[0] > 0.2
+
+    def test_a_cut_client_lets_the_turn_go_on_and_resumes(self, server):
+        session, body = new_id(), {"message": "word " * 40}
+        with nginx(server) as address:
+            stream = self.lines(address, "POST", "/chat/stream", {**body, "session_id": session})
+            first = [next(stream) for _ in range(5)]
+            stream.close()
+            assert wait_until(lambda: server.readers(session) == [0]), "the server does not learn that the client left"
+            rest = list(self.lines(address, "GET", f"/sessions/{session}/stream?after=3"))
+        assert rest[:2] == first[:2]
+        check_turns(server, [(session, check_turn(first + rest[2:], message=body["message"], **server.pace).text)])
+
+    def test_a_body_at_the_servers_limit_passes(self, server):
+        body = {"message": "hi", "padding": ""}
+        body["padding"] = "x" * ((2 << 20) - len(json.dumps(body)))
+        with nginx(server) as address:
+            check_turn(self.lines(address, "POST", "/chat/stream", body))
+
+    def test_problems_pass_as_they_are(self, server):
+        with nginx(server) as address, contextlib.closing(Connection(address)) as connection:
+            connection.send(http_request("GET", "/sessions/nobody"))
+            check_problem(server.response(connection, close=False), 404, "session_not_found")
+
+    def test_a_server_that_died_looks_cut(self, serve):
+        server = serve("--log", "off")
+        with nginx(server) as address:
+            stream = self.lines(address, "POST", "/chat/stream", {"message": "word " * 40})
+            next(stream)
+            server.process.kill()
+            with pytest.raises(Cut):
+                list(stream)
+
+
+# ---- Check your own server: the suite is tested too
+
+HELLO = "Hello, n\u00efve world!"
+T0 = datetime.fromisoformat("2026-11-24T10:00:00.000001+00:00")
+
+
+def flawless():
+    """The events of a flawless turn, 0.1 s apart."""
+    ids = {"session_id": "s-1", "turn_id": "t-1"}
+    times = [(T0 + timedelta(seconds=n / 10)).isoformat() for n in range(5)]
+    return [
+        {"type": "session_info", **ids, "model": "offline", "created": True, "timestamp": times[0]},
+        {"type": "status", "message": "Generating response...", "context_messages": 0},
+        {"type": "chunk", "text": "You said: ", "chunk_number": 1, "is_final": False, "timestamp": times[1]},
+        {"type": "chunk", "text": HELLO, "chunk_number": 2, "is_final": False, "timestamp": times[2]},
+        {"type": "chunk", "text": " Bye!", "chunk_number": 3, "is_final": True, "timestamp": times[3]},
+        {"type": "complete", "finish_reason": "stop", "total_chunks": 3, "processing_time": 0.4, "message_count": 2,
+         **ids, "timestamp": times[4]},
+    ]
+
+
+def answer(events):
+    """The bytes of an answer: each event a line, each line a transfer chunk."""
+    lines = [json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events]
+    return (b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n"
+            b"Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\nX-Content-Type-Options: nosniff\r\n"
+            b"Connection: keep-alive\r\n\r\n" + b"".join(b"%x\r\n%b\r\n" % (len(line), line) for line in lines)
+            + b"0\r\n\r\n")
+
+
+def change(number, **fields):
+    return lambda events: [event | fields if n == number else event for n, event in enumerate(events)]
+
+
+def without(number, field):
+    return lambda events: [{name: value for name, value in event.items() if n != number or name != field}
+                           for n, event in enumerate(events)]
+
+
+def end_with(**fields):
+    error = {"type": "error", "code": "model_cut", "message": "The model's answer was cut.", "retryable": True}
+    ids = ("session_id", "turn_id", "timestamp")
+    return lambda events: [*events[:4], error | {name: events[5][name] for name in ids} | fields]
+
+
+def ping(**fields):
+    return lambda events: [*events[:2], {"type": "ping", "timestamp": T0.isoformat(), **fields}, *events[2:]]
+
+
+FLAWLESS = [
+    ("a complete turn", lambda events: events),
+    ("an error in the middle", end_with()),
+    ("a ping", ping()),
+    ("usage", change(5, usage={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3})),
+    ("an empty last chunk need not wait", change(4, text="", timestamp=(T0 + timedelta(seconds=0.21)).isoformat())),
+]
+DEFECTS = [             # what is wrong, how it came to be, what the suite says
+    ("no event at all", lambda events: [], "the stream begins with"),
+    ("no session_info", lambda events: events[1:], "the stream begins with"),
+    ("chunk before status", lambda events: [events[0], events[2], events[1], *events[3:]], "the stream begins with"),
+    ("no terminal event", lambda events: events[:-1], "without a terminal event"),
+    ("two terminal events", lambda events: [*events, events[-1]], "other events than chunks"),
+    ("an event after the end", lambda events: [*events, events[4]], "without a terminal event"),
+    ("an unknown event", change(3, type="delta"), "other events than chunks"),
+    ("a field too many", change(2, role="model"), "the fields of"),
+    ("a field is missing", without(5, "finish_reason"), "the fields of"),
+    ("created is no boolean", change(0, created=1), "created can't be"),
+    ("chunk_number is a string", change(2, chunk_number="1"), "chunk_number can't be"),
+    ("an id with a space", change(0, session_id="s 1"), "session_id can't be"),
+    ("the end names another turn", change(5, turn_id="t-2"), "another turn_id"),
+    ("a time without microseconds", change(2, timestamp="2026-11-24T10:00:00+00:00"), "timestamp can't be"),
+    ("a time with Z", change(2, timestamp="2026-11-24T10:00:00.000000Z"), "timestamp can't be"),
+    ("time runs backwards", change(3, timestamp=T0.isoformat()), "run backwards"),
+    ("chunks too close", change(3, timestamp=(T0 + timedelta(seconds=0.15)).isoformat()), "less than 0.1 s apart"),
+    ("processing_time in milliseconds", change(5, processing_time=400), "not the time from the start"),
+    ("too many words", change(3, text=HELLO + " Two more"), "more than 4 words"),
+    ("a chunk too long", change(3, text=HELLO + "x" * 4096), "4,096 code points"),
+    ("a gap in chunk_number", change(3, chunk_number=3), "have gaps"),
+    ("chunk_number from 0", change(2, chunk_number=0), "have gaps"),
+    ("is_final in the middle", change(3, is_final=True), "is_final is wrong"),
+    ("no is_final", change(4, is_final=False), "is_final is wrong"),
+    ("is_final before an error", lambda events: end_with()(change(3, is_final=True)(events)), "is_final is wrong"),
+    ("an empty chunk in the middle", change(3, text=""), "an empty chunk"),
+    ("total_chunks wrong", change(5, total_chunks=2), "total_chunks is not"),
+    ("no chunk at all", lambda events: change(2, total_chunks=0)([*events[:2], events[5]]), "at least one chunk"),
+    ("message_count wrong", change(5, message_count=1), "message_count is wrong"),
+    ("unknown finish_reason", change(5, finish_reason="STOP"), "finish_reason can't be"),
+    ("retryable wrong", end_with(retryable=False), "retryable is wrong"),
+    ("an error without words", end_with(message=""), "1 to 1,000 characters"),
+    ("text lost", change(3, text="Hello, "), "lost some of the message"),
+    ("text trimmed", change(3, text=HELLO[:-1]), "lost some of the message"),
+    ("a lone surrogate", change(4, text="\ud800"), "surrogate"),
+    ("a line over 64 KiB", change(4, text="\x00" * 12_000), "not ASCII, or too long"),
+]
+WIRE_DEFECTS = [        # what is wrong, bytes of the answer, others in their place, what the suite says
+    ("Content-Length", b"Transfer-Encoding: chunked", b"Content-Length: 800", None),
+    ("both lengths", b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\n", None),
+    ("no NDJSON", b"application/x-ndjson", b"application/json", None),
+    ("a proxy may buffer it", b"X-Accel-Buffering: no\r\n", b"", None),
+    ("a field twice", b"Connection: keep-alive", b"Connection: keep-alive\r\nConnection: close", "comes twice"),
+    ("a bare LF in the head", b"chunked\r\n", b"chunked\n", "a bare LF"),
+    ("white space before a colon", b"Connection:", b"Connection :", "not a field line"),
+    ("no status line", b"HTTP/1.1 200 OK", b"HTTP 200 OK", "not a status line"),
+    ("no size", b"\r\n\r\n", b"\r\n\r\n\r\n", "not the size"),
+    ("a size that is no hex number", b"\r\n\r\n", b"\r\n\r\n0x", "not the size"),
+    ("a size too small", b"\r\n\r\n", b"\r\n\r\n1\r\n", "ends a transfer chunk"),
+    ("no last transfer chunk", b"\n\r\n0\r\n\r\n", b"\n\r\n", None),
+    ("no end after the last transfer chunk", b"0\r\n\r\n", b"0\r\n", None),
+    ("not ASCII", b"n\\u00efv", "n\u00efvXX".encode("latin-1"), "not ASCII"),
+    ("not JSON", b'"is_final":true', b'"is_final":True', "not a line of JSON"),
+    ("NaN", b'"processing_time":0.4', b'"processing_time":NaN', "processing_time can't be"),
+    ("a field twice in an event", b'"created":true', b'"type":"chunk"', "a field comes twice"),
+    ("two events in a line", b'}\n\r\n', b'} \r\n', "not a line of JSON"),
+]
+
+
+@contextlib.contextmanager
+def scripted(script):
+    """A server that answers whatever it is asked with these bytes, once, and closes."""
+    def serve():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(script)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield Server(*listener.getsockname())
+        thread.join(PATIENCE)
+
+
+class TestCheckYourOwnServer:
+    """Small broken servers, each with one defect, on which the reader or `check_turn` must fail."""
+
+    def judge(self, script):
+        with scripted(script) as server:
+            stream = server.open("POST", "/chat/stream", {})
+            return stream.check(message=HELLO, delay=0.1, words=4, session_id="s-1")
+
+    @cases(FLAWLESS)
+    def test_a_flawless_server_passes(self, case):
+        _, edit = case
+        assert self.judge(answer(edit(flawless()))).text.startswith("You said: " + HELLO)
+
+    @cases(DEFECTS)
+    def test_a_defect_of_the_events_is_found(self, case):
+        _, edit, verdict = case
+        with pytest.raises(AssertionError, match=verdict):
+            self.judge(answer(edit(flawless())))
+
+    @cases(WIRE_DEFECTS)
+    def test_a_defect_of_the_bytes_is_found(self, case):
+        _, old, new, verdict = case
+        script = answer(flawless())
+        assert old in script
+        with pytest.raises((AssertionError, Cut), match=verdict):
+            self.judge(script.replace(old, new, 1))
+
+    def test_a_cut_at_any_byte_is_found(self):
+        script = answer(flawless())
+        for size in range(len(script)):
+            with pytest.raises(Cut):
+                self.judge(script[:size])

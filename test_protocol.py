@@ -1680,7 +1680,7 @@ GEMINI_STREAMS = {
     "no text": [says("", finish="STOP")],
     "no parts": [says(finish="STOP")],
     "two candidates": [
-        {"candidates": says("One.", finish="STOP")["candidates"] + [{"index": 1, "content": {"parts": [{"text": "B"}]}}]}
+        {"candidates": says("One.", finish="STOP")["candidates"] + [{"content": {"parts": [{"text": "B"}]}}]},
     ],
     "unknown fields": [says({"text": "One.", "mood": 1}, finish="STOP", weather={"sun": 1})],
     "line separators": [says("a\u2028b\u2029c\u0085d\x0be\x1cf"), says("g", finish="STOP")],

@@ -111,6 +111,7 @@ LIMITS = {
     "send": 30,  # seconds in which a reader takes nothing: then it has left
     "linger": 2,  # seconds given to a client to read an answer that was sent before its body was read
     "grace": 5,  # seconds that running turns get at shutdown
+    "log_text": 500,  # characters of a text in a log line: enough to find it by
     "console": 10_000,  # log lines waiting for a terminal that does not take them
 }
 
@@ -347,8 +348,8 @@ class Turn:
         self.session_id, self.turn_id, self.message, self.client = session.session_id, turn_id, message, client
         self.context_messages = context_messages
         self.delay = math.ceil(delay * 1e6)
+        self.epoch = wall_clock() - clock()  # one offset a turn: no step of the wall clock shows in its timestamps
         self.started = clock()
-        self.epoch = wall_clock() - self.started  # one offset a turn: no step of the wall clock shows in its timestamps
         self.state = "new"
         self.lines: list[bytes] = []  # session_info, status, then a line for each chunk
         self.moments: list[int] = []  # of each line, ascending
@@ -427,7 +428,7 @@ class Turn:
                 self.held = self.texts.pop(), self.moments.pop()
                 self.lines.pop()
             while self.running and (left := last - clock()) > 0:
-                self.changed.wait(left / 1e6)
+                self.changed.wait(min(left / 1e6, threading.TIMEOUT_MAX))
 
     def end(self, outcome: Outcome, processing_time: float | None = None) -> bool:
         """End the log: what has not left is cut off, and the terminal event follows. False where it had ended."""
@@ -718,8 +719,7 @@ class Sessions:
                                   **{"Retry-After": str(LIMITS["grace"])})  # fmt: skip
                 turn = self._new_turn(session, message, turn_id, client)
                 history = [*session.messages(), Message("user", message, turn.stamp(turn.started), turn.turn_id)]
-            work = (turn, self.load(session.model), history, self.settings.chunk_words, partial(self.end, session))
-            threading.Thread(target=run_turn, args=work, name=f"turn {turn.turn_id}", daemon=True).start()
+            self._start(session, turn, history)
             return turn
 
     def _new_turn(self, session: Session, message: str, turn_id: str | None, client: str) -> Turn:
@@ -730,6 +730,15 @@ class Sessions:
         self.console.log("stream_started", client=client, session=turn.session_id, turn=turn.turn_id,
                          active=len(self.counters.running), message=message)  # fmt: skip
         return turn
+
+    def _start(self, session: Session, turn: Turn, history: list[Message]) -> None:
+        work = (turn, self.load(session.model), history, self.settings.chunk_words, partial(self.end, session))
+        try:
+            threading.Thread(target=run_turn, args=work, name=f"turn {turn.turn_id}", daemon=True).start()
+        except RuntimeError as error:  # the system has no thread left
+            failure = TurnError("internal_error")
+            failure.__cause__ = error
+            self.end(session, turn, failure)
 
     def _replay(self, session: Session, past: PastTurn) -> Turn:
         """A turn whose log is gone, made again from the history, without pace."""
@@ -795,6 +804,14 @@ class Sessions:
         with session.changed:
             session.deleted = True
             self._abort(session, "session_deleted")
+
+    def sweep_until(self, stopped: threading.Event) -> None:
+        """Sweep ten times a second, in a thread of its own: waiting for a session must not hold back who accepts."""
+        while not stopped.wait(0.1):
+            try:
+                self.sweep()
+            except Exception as error:
+                self.console.crash(error)
 
     def sweep(self) -> None:
         """What the clock ends: turns without readers, turns of a silent model, logs that are no longer kept."""
@@ -1058,7 +1075,7 @@ def make_paths(routes: Iterable[Route]) -> Paths:
     """In the order of the routes: /sessions/new stands before /sessions/{session_id}."""
     paths: Paths = {}
     for route in routes:
-        methods = paths.setdefault(re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route.path)), {})
+        methods = paths.setdefault(re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(route.path))), {})
         methods[route.method] = route
         if route.method == "GET":
             methods["HEAD"] = route
@@ -1161,7 +1178,7 @@ def escape(text: str) -> str:
 def columns(text: str) -> int:
     """How many columns a terminal gives to a text: two for wide characters and emoji, none for marks."""
     total = 0
-    for char, following in zip(text, text[1:] + " ", strict=True):
+    for char, following in zip(text, text[1:] + " ", strict=False):
         if unicodedata.category(char) not in ("Mn", "Me", "Cf"):
             total += 2 if unicodedata.east_asian_width(char) in "WF" or following == "\ufe0f" else 1
     return total
@@ -1203,7 +1220,7 @@ class Console:
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
-        self.pretty = mode == "full" and sys.stdout.isatty()
+        self.pretty = mode == "full" and sys.stdout is not None and sys.stdout.isatty()
         self.colour = self.pretty and not os.environ.get("NO_COLOR")
         if self.colour and os.name == "nt":
             os.system("")  # makes a Windows console read escape sequences
@@ -1294,9 +1311,11 @@ def _local(microseconds: int) -> str:
 
 
 def _word(value: Any) -> str:
-    """A value for a log line: bare where it is one plain word, else as a JSON string."""
-    plain = re.fullmatch(r"[\w.:/+-]+", str(value), re.ASCII)
-    return str(value) if plain else escape(json.dumps(str(value), ensure_ascii=False))
+    """A value for a log line: bare where it is one plain word, else in quotes and with escapes, and not too long."""
+    text = str(value)
+    if len(text) > LIMITS["log_text"]:
+        text = text[: LIMITS["log_text"]] + "..."
+    return text if re.fullmatch(r"[\w.:/+-]+", text, re.ASCII) else escape(json.dumps(text, ensure_ascii=False))
 
 
 # ---- endpoints: one small function a route; request in, reply or stream out. They know no sockets. -------------------
@@ -1640,7 +1659,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, settings: Settings) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.settings = settings
+        self.settings, self.closed = settings, threading.Event()
         super().__init__((host, port), Handler)
         self.console = Console(settings.log)
         self.sessions = Sessions(settings, self.console, load_model)
@@ -1654,8 +1673,13 @@ class Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # http.server's own asks the resolver for this machine's name
 
-    def service_actions(self) -> None:
-        self.sessions.sweep()
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        threading.Thread(target=self.sessions.sweep_until, args=(self.closed,), name="sweep", daemon=True).start()
+        super().serve_forever(poll_interval)
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.closed.set()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if error := sys.exc_info()[1]:
@@ -1667,7 +1691,7 @@ def make_server(host: str = "127.0.0.1", port: int = 8000, settings: Settings | 
     return Server(host, port, settings or Settings())
 
 
-def number(kind: type, low: float, high: float, open_low: bool = False) -> Callable[[str], Any]:
+def between(kind: type, low: float, high: float, open_low: bool = False) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high or (open_low and value == low):
@@ -1684,15 +1708,15 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     option, defaults = parser.add_argument, Settings()
     option("--host", default="127.0.0.1", help="address to listen at")
-    option("--port", type=number(int, 0, 65535), default=8000, help="0 takes a free one")
+    option("--port", type=between(int, 0, 65535), default=8000, help="0 takes a free one")
     option("--model", metavar="ID", default=choose_model(), help="offline, or the name of a Gemini model")
-    option("--chunk-words", metavar="N", type=number(int, 1, math.inf), default=defaults.chunk_words,
+    option("--chunk-words", metavar="N", type=between(int, 1, math.inf), default=defaults.chunk_words,
            help="words in a chunk at the most")  # fmt: skip
-    option("--chunk-delay", metavar="S", type=number(float, 0, 86400), default=defaults.chunk_delay,
+    option("--chunk-delay", metavar="S", type=between(float, 0, 1e6), default=defaults.chunk_delay,
            help="seconds between chunks at the least; 0 turns the pace off")  # fmt: skip
-    option("--resume-window", metavar="S", type=number(float, 0, 1e9), default=defaults.resume_window,
+    option("--resume-window", metavar="S", type=between(float, 0, 1e9), default=defaults.resume_window,
            help="seconds that a turn goes on without readers, and that a log is kept after its end")  # fmt: skip
-    option("--heartbeat", metavar="S", type=number(float, 0, 15, open_low=True), default=defaults.heartbeat,
+    option("--heartbeat", metavar="S", type=between(float, 0, 15, open_low=True), default=defaults.heartbeat,
            help="seconds of silence after which a reader gets a ping")  # fmt: skip
     option("--debug", action="store_true", help="serve /debug")
     option("--log", choices=["full", "brief", "off"], default=defaults.log, help="brief logs no texts")
@@ -1700,7 +1724,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where no emoji can be written
     arguments = vars(parse_arguments())
     host, port = arguments.pop("host"), arguments.pop("port")
@@ -1722,17 +1746,14 @@ def fail(trouble: str) -> int:
 
 
 def serve_until_signal(server: Server) -> None:
-    """Serve in a thread; this one holds no lock, so that a signal may interrupt it anywhere."""
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, signal.default_int_handler)
+    """Serve in a thread, and close when a signal comes; a handler that only takes a note can do no harm anywhere."""
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
     greet(server)
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        for signal_number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signal_number, signal.SIG_IGN)
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    while not signals:
+        time.sleep(0.1)  # short: where another thread takes the signal, a sleep is not cut short by it
     server.shutdown()
     server.server_close()
     server.sessions.close()

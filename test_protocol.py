@@ -639,6 +639,27 @@ class TestRunIt:
         assert server.process.wait(PATIENCE) == 0
         assert re.search(r"total.requests\D*1\b", server.log()[before:], re.IGNORECASE), "no statistics"
 
+    def test_signals_that_come_together_stop_the_server_once(self, serve):
+        server = serve()
+        stream = server.chat("Hello")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            server.process.send_signal(number)
+        assert stream.check().end["finish_reason"] == "stop"
+        assert server.process.wait(PATIENCE) == 0
+
+    def test_a_server_whose_output_is_closed_serves(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        command = f"exec {sys.executable} {SERVER} --port {port} >&- 2>&-"
+        process = subprocess.Popen(["sh", "-c", command], env=environment())
+        try:
+            server = Server("127.0.0.1", port)
+            assert wait_until(lambda: self.serves(server))
+            server.turn("Hello")
+        finally:
+            process.kill()
+            process.wait(PATIENCE)
+
     def test_a_signal_ends_a_long_turn_after_5_seconds(self, serve):
         server = serve("--chunk-delay", "0.02")
         session = new_id()
@@ -1444,6 +1465,7 @@ BAD_REQUESTS = [        # name, bytes, status, code
      413, "payload_too_large"),
     ("an unknown path", http_request("GET", "/nope"), 404, "not_found"),
     ("a path that goes on", http_request("GET", "/health/more"), 404, "not_found"),
+    ("a path with another character for its dot", http_request("GET", "/openapiXjson"), 404, "not_found"),
     ("route before method", http_request("PUT", "/nope"), 404, "not_found"),
     ("route before unknown method", http_request("BREW", "/nope"), 404, "not_found"),
     ("route before body", http_request("POST", "/nope", body=b"{"), 404, "not_found"),
@@ -1508,6 +1530,42 @@ class TestErrors:
 FORGED = "x\nFORGED\rFORGED\x1b[31mFORGED\u2028FORGED\u0085FORGED\x0bFORGED\u202eFORGED\x07\x9b2J"
 
 
+def width(line):
+    """Columns on a terminal: 2 for wide characters and for what U+FE0F makes an emoji, none for marks."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in line)
+    marks = sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in line)
+    return len(line) + wide - marks + line.count("\ufe0f")
+
+
+@contextlib.contextmanager
+def terminal(*flags, **more):
+    """A server of our own in a pseudo-terminal, and a function that tells what it has shown so far."""
+    pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
+    outer, inner = pty.openpty()
+    process, shown = start(flags, inner, PYTHONIOENCODING="utf-8", **more), []
+    os.close(inner)
+
+    def read():
+        with contextlib.suppress(OSError):      # the terminal's other side is closed
+            while data := os.read(outer, 65_536):
+                shown.append(data)
+
+    def text():
+        return b"".join(shown).decode()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        found = wait_until(lambda: re.search(r"^Serving on http://127\.0\.0\.1:(\d+)\r", text(), re.MULTILINE))
+        assert found, text()
+        yield Server("127.0.0.1", int(found[1]), flags), text
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+        reader.join(PATIENCE)
+        os.close(outer)
+
+
 @NOT_OURS
 class TestConfiguration:
     """The flags and the environment, and what the console shows. Text from outside never reaches it raw."""
@@ -1554,6 +1612,24 @@ class TestConfiguration:
         assert "FORGED" in log and not any(line.strip().startswith("FORGED") for line in log.splitlines())
         raw = {character for character in log if unicodedata.category(character) in ("Cc", "Zl", "Zp")}
         assert raw <= {"\n"} and "\u202e" not in log
+
+    @pytest.mark.parametrize("colour", [True, False], ids=["colour", "NO_COLOR"])
+    def test_on_a_terminal_the_log_is_boxes_and_chunks(self, colour):
+        more = {} if colour else {"NO_COLOR": "1"}
+        with terminal("--port", "0", "--chunk-delay", "0.02", **more) as (server, shown):
+            server.turn("wide \u91cf\u5b50 \U0001f5a5\ufe0f \U0001f600 " + FORGED, session_id=new_id())
+            stream = server.chat(LONG, session_id="s")
+            stream.read_until("chunk")
+            assert server.stop("s")
+            assert wait_until(lambda: "Status: STOPPED" in shown())
+            text = shown()
+        assert ("\x1b[" in text) is colour
+        plain = re.sub(r"\x1b\[\d*m", "", text).replace("\r\n", "\n")
+        assert not {character for character in plain if unicodedata.category(character) in ("Cc", "Zl", "Zp")} - {"\n"}
+        boxes = [line for line in plain.splitlines() if line[:1] in tuple("╔║╚┌│└")]
+        assert {line[-1] for line in boxes} <= set("╗║╣╝┐│┘") and len(boxes) > 20
+        assert {width(line) for line in boxes} == {64}, boxes
+        assert 'Chunk #1: "You said: wide 量子"' in plain and plain.count("HTTP STREAM STARTED") == 2
 
     def test_a_console_that_knows_only_ascii_does_no_harm(self, serve):
         server = serve("--log", "full", "--chunk-delay", "0", PYTHONIOENCODING="ascii")

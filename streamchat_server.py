@@ -42,8 +42,8 @@ of the chunked transfer coding (a "transfer chunk": size in hex, CRLF, data, CRL
 (A timestamp has 32 characters, such as 2026-11-24T07:53:17.065890+00:00.) The events:
 
     session_info   which session and turn this is, before the model is called     1
-    status         how many messages the model is given as context                1
-    chunk          a part of the answer; all of them joined are the answer        0 or more
+    status         how many messages came before, which the model is given too    1
+    chunk          a part of the answer; all of them joined are the answer        any number (1 before `complete`)
     complete       terminal: how it ended, and what the history holds now         1, or else
     error          terminal: a code, and whether the same POST may help           1
     ping           after a silence, to this reader only; no part of the log       any number
@@ -98,7 +98,7 @@ from urllib.parse import parse_qs, unquote
 VERSION = "1.0"
 FRAMEWORK = "Python http.server + HTTP Streaming"
 
-# ---- limits and tables: all numbers, names and codes of the protocol. They know no function. -------------------------
+# ---- limits and tables: the numbers, names and codes of the protocol. They know no function. -------------------------
 
 LIMITS = {
     "message": 100_000,  # characters: a short book's chapter; Gemini's smallest context holds many of them
@@ -125,14 +125,14 @@ ERRORS = {  # code of a problem (RFC 9457): HTTP status
     "length_required": 411, "payload_too_large": 413, "uri_too_long": 414, "unsupported_media_type": 415,
     "headers_too_large": 431, "internal_error": 500, "not_implemented": 501, "overloaded": 503,
     "version_not_supported": 505,
-}  # fmt: skip
+}
 
 STREAM_ERRORS = {  # code of an `error` event: (may the same POST help?, what to say where nobody knows more)
     "model_error": (False, "The model gave no answer."),
     "model_not_found": (False, "The model does not exist."),
     "model_auth": (False, "The model's service refused the key."),
     "model_overloaded": (True, "The model's service is overloaded. Try again in a moment."),
-    "model_blocked": (False, "The model's service blocked this message or its answer. Say it in other words."),
+    "model_blocked": (False, "The model's service blocked the message or the answer. Ask another way."),
     "model_cut": (True, "The model's answer was cut before its end. Send the same request again."),
     "session_cleared": (False, "The session was cleared while this turn was running."),
     "session_deleted": (False, "The session was deleted while this turn was running."),
@@ -140,7 +140,7 @@ STREAM_ERRORS = {  # code of an `error` event: (may the same POST help?, what to
     "internal_error": (True, "Something went wrong in the server; its log has the details."),
 }
 
-TURN: dict[str, dict[str, str]] = {  # state: {event: next state}; an event that is not listed is refused
+TURN_STATES: dict[str, dict[str, str]] = {  # state: {event: next state}; an event that is not listed is refused
     "new": {"session_info": "opened"},
     "opened": {"status": "running"},
     "running": {"chunk": "running", "complete": "complete", "error": "failed"},
@@ -159,7 +159,7 @@ EVENTS = {  # an event's type and its fields ("?": only where known)
 
 STREAM = "stream"  # in place of a route's answer fields: the answer is a stream of EVENTS
 HEALTH = "status model uptime_seconds total_requests successful_requests failed_requests active_sessions " \
-         "streaming_connections"  # fmt: skip
+         "streaming_connections"
 
 
 class Route(NamedTuple):
@@ -173,6 +173,10 @@ class Route(NamedTuple):
     body: str | None = None  # fields of the JSON body ("?": optional); None: no body is read as JSON
     errors: str = ""  # codes, beside those that any request can get
     query: str = ""
+
+    @property
+    def needs_body(self) -> bool:
+        return self.body is not None and not all(name.endswith("?") for name in self.body.split())
 
 
 ROUTES = (
@@ -203,7 +207,7 @@ ROUTES = (
     Route("docs", "GET", "/docs", "The page, opened at its API view", "text/html", errors="not_found"),
     Route("debug", "GET", "/debug", "Threads, running turns, limits, the last errors (only with --debug)",
           "threads running_turns limits last_errors", errors="not_found"),
-)  # fmt: skip
+)
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}  # RFC 9110, 9.3; RFC 5789
 
@@ -232,15 +236,15 @@ FIELDS: dict[str, dict] = {  # field: JSON Schema. A name means the same whereve
     "framework": TEXT, "name": TEXT, "version": TEXT, "features": {"type": "array", "items": TEXT}, "endpoints": OBJECT,
     "threads": {"type": "array", "items": TEXT}, "running_turns": OBJECTS, "limits": OBJECT, "last_errors": OBJECTS,
     "after": {"type": "integer", "minimum": 0, "default": 0},
-}  # fmt: skip
+}
 
 
 class Refused(Exception):
-    """A request that gets no stream: a code of ERRORS, a sentence that says what to do, and extra header fields."""
+    """A request that is answered by a problem: a code of ERRORS, and a sentence that says what to do."""
 
-    def __init__(self, code: str, detail: str, **headers: str) -> None:
+    def __init__(self, code: str, detail: str, allow: str = "") -> None:
         super().__init__(code, detail)
-        self.code, self.detail, self.headers = code, detail, headers
+        self.code, self.detail, self.allow = code, detail, allow
 
 
 class TurnError(Exception):
@@ -252,10 +256,11 @@ class TurnError(Exception):
 
 
 class Finish(NamedTuple):
-    """How a turn completes: a finish_reason, and {input,output,total}_tokens where the model tells."""
+    """How a turn completes: a finish_reason, {input,output,total}_tokens where the model tells, and its own word."""
 
     reason: str
     usage: dict[str, int] | None = None
+    word: str = ""
 
 
 class Message(NamedTuple):
@@ -317,7 +322,7 @@ def encode(**event: Any) -> bytes:
 def encode_chunk(text: str, number: int, is_final: bool, timestamp: str) -> bytes:
     """The same for the one event there are many of, at twice the speed."""
     return b'{"type":"chunk","text":%b,"chunk_number":%d,"is_final":%b,"timestamp":"%b"}\n' % (
-        json.dumps(text).encode(), number, b"true" if is_final else b"false", timestamp.encode())  # fmt: skip
+        json.dumps(text).encode(), number, b"true" if is_final else b"false", timestamp.encode())
 
 
 def transfer_chunk(data: bytes) -> bytes:
@@ -325,25 +330,23 @@ def transfer_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def cut(piece: str, words: int) -> list[str]:
-    """A piece cut into texts of at most `words` words; joined, they are the piece again, but for lone surrogates."""
-    piece = re.sub("[\ud800-\udfff]", "\ufffd", piece)
-    size = LIMITS["chunk"]
-    texts = re.findall(rf"\s*(?:\S+\s*){{1,{min(words, size)}}}|\s+", piece)
-    return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
+# ---- turn: a log of lines that anyone may follow. It knows no sockets, no HTTP and nothing of a model's inside. ------
 
-
-# ---- turn: a log of lines that anyone may follow. It knows no sockets, no HTTP and no models. ------------------------
+HEAD = 2  # lines before the chunks: session_info and status
 
 
 class Turn:
     """One user message and its answer, as a log of lines, each with the moment from which it may be read.
 
-    The model may run ahead of the clock; readers never do. `changed` is the lock of the session and its turns.
+    The model may run ahead of the clock; readers never do. The end is one step: the last chunk, marked as final, and
+    the terminal event. So when the model is done and its last chunk may not be read yet, that chunk is taken back and
+    held until its moment; where it has left already, an empty final chunk takes its place.
+
+    `changed` is the lock of the session and its turns. Moments are microseconds of clock().
     """
 
     def __init__(self, session: Session, turn_id: str, message: str, context_messages: int, created: bool = False,
-                 delay: float = 0, client: str = "") -> None:  # fmt: skip
+                 delay: float = 0, client: str = "") -> None:
         self.changed = session.changed
         self.session_id, self.turn_id, self.message, self.client = session.session_id, turn_id, message, client
         self.context_messages = context_messages
@@ -354,19 +357,19 @@ class Turn:
         self.lines: list[bytes] = []  # session_info, status, then a line for each chunk
         self.moments: list[int] = []  # of each line, ascending
         self.texts: list[str] = []  # of each chunk
-        self.held: tuple[str, int] | None = None  # the last chunk's text and moment, once the model is done
+        self.held: tuple[str, int] | None = None  # text and moment of the last chunk, held for the end
         self.terminal = b""  # the terminal event's line
         self.finish: Finish | None = None  # of a complete turn
         self.ended, self.processing_time = 0, 0.0
         self.heard: int | None = self.started  # the model's last sign of life; None when it is done
         self.readers = 0
-        self.left: int | None = None  # when the last reader left
-        self.logged = 0  # chunks that the console has shown
+        self.deserted: int | None = None  # when the last reader left
+        self.logged = 0  # chunks that unlogged() has told of
         self._append("session_info", self.started, encode(
             type="session_info", session_id=self.session_id, turn_id=turn_id, model=session.model, created=created,
-            timestamp=self.stamp(self.started)))  # fmt: skip
+            timestamp=self.stamp(self.started)))
         self._append("status", self.started, encode(
-            type="status", message="Generating response...", context_messages=context_messages))  # fmt: skip
+            type="status", message="Generating response...", context_messages=context_messages))
 
     @property
     def running(self) -> bool:
@@ -386,10 +389,15 @@ class Turn:
 
     def chunks(self) -> int:
         """How many chunks have left: those whose moment has come."""
-        return bisect_right(self.moments, clock()) - 2
+        return bisect_right(self.moments, clock()) - HEAD
+
+    def unlogged(self) -> list[tuple[int, str, int]]:
+        """Number, text and moment of the chunks that have left since the last call. (The lock is held.)"""
+        first, self.logged = self.logged, self.chunks()
+        return [(number + 1, self.texts[number], self.moments[HEAD + number]) for number in range(first, self.logged)]
 
     def _step(self, event: str) -> bool:
-        state = TURN[self.state].get(event)
+        state = TURN_STATES[self.state].get(event)
         self.state = state or self.state
         return state is not None
 
@@ -416,19 +424,15 @@ class Turn:
             return added
 
     def wait_for_pace(self, hold: bool) -> None:
-        """Return when the last chunk's moment has come, or the turn has ended.
-
-        `hold` keeps the last chunk back, if it has not left, so that it can leave as the final one, in one step
-        with the end.
-        """
+        """The model is done: return when the last chunk's moment has come, or the turn has ended meanwhile."""
         with self.changed:
             self.heard = None
             last = self.moments[-1]
             if hold and last > clock() and self.running:
                 self.held = self.texts.pop(), self.moments.pop()
                 self.lines.pop()
-            while self.running and (left := last - clock()) > 0:
-                self.changed.wait(min(left / 1e6, threading.TIMEOUT_MAX))
+            while self.running and (rest := last - clock()) > 0:
+                self.changed.wait(min(rest / 1e6, threading.TIMEOUT_MAX))
 
     def end(self, outcome: Outcome, processing_time: float | None = None) -> bool:
         """End the log: what has not left is cut off, and the terminal event follows. False where it had ended."""
@@ -437,24 +441,24 @@ class Turn:
                 return False
             self.ended = now = clock()
             self.processing_time = (now - self.started) / 1e6 if processing_time is None else processing_time
-            left = bisect_right(self.moments, now)
-            del self.lines[left:], self.moments[left:], self.texts[left - 2 :]
+            ready = bisect_right(self.moments, now)
+            del self.lines[ready:], self.moments[ready:], self.texts[ready - HEAD :]
             event: dict[str, Any] = self._complete(outcome) if isinstance(outcome, Finish) else {
                 "type": "error", "code": outcome.code, "message": outcome.text,
-                "retryable": STREAM_ERRORS[outcome.code][0]}  # fmt: skip
+                "retryable": STREAM_ERRORS[outcome.code][0]}
             self._step(event["type"])
             self.terminal = encode(**event, session_id=self.session_id, turn_id=self.turn_id, timestamp=self.stamp(now))
             self.changed.notify_all()
             return True
 
     def _complete(self, finish: Finish) -> dict[str, Any]:
-        """Add the final chunk: an empty one where the end was not known when the last text left, or came before it."""
+        """Add the final chunk. A stop comes before what is held, and cuts it off too."""
         self.finish = finish
         text, moment = self.held if self.held and finish.reason != "cancelled" else ("", self.ended)
         self._append_chunk(text, moment, is_final=True)
         return {"type": "complete", "finish_reason": finish.reason, "total_chunks": len(self.texts),
                 "processing_time": self.processing_time, "message_count": self.context_messages + 2 * self.kept,
-                **({"usage": finish.usage} if finish.usage else {})}  # fmt: skip
+                **({"usage": finish.usage} if finish.usage else {})}
 
     def follow(self, after: int = 0, heartbeat: float = 10) -> Generator[list[bytes], None, None]:
         """Yield the lines that may be read, as many at a time as there are, without chunks 1 to `after`.
@@ -469,7 +473,7 @@ class Turn:
                 with self.changed:
                     now = clock()
                     ready = bisect_right(self.moments, now)
-                    lines = self.lines[at:2] + self.lines[max(at, 2 + after) : ready]
+                    lines = self.lines[at:HEAD] + self.lines[max(at, HEAD + after) : ready]
                     at, ended = ready, bool(self.terminal)
                     wake = min([spoken + int(heartbeat * 1e6), *self.moments[at : at + 1]])
                     if not lines and not ended and now < wake:
@@ -481,11 +485,19 @@ class Turn:
             with self.changed:
                 self.readers -= 1
                 if not self.readers:
-                    self.left = clock()
+                    self.deserted = clock()
+
+
+def cut(piece: str, words: int) -> list[str]:
+    """A piece cut into texts of at most `words` words; joined, they are the piece again, but for lone surrogates."""
+    piece = re.sub("[\ud800-\udfff]", "\ufffd", piece)
+    size = LIMITS["chunk"]
+    texts = re.findall(rf"\s*(?:\S+\s*){{1,{min(words, size)}}}|\s+", piece)
+    return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
 
 
 def run_turn(turn: Turn, model: Model, history: list[Message], words: int,
-             end: Callable[[Turn, Outcome], Any]) -> None:  # fmt: skip
+             end: Callable[[Turn, Outcome], Any]) -> None:
     """Run a model into a turn, in a thread of its own. A turn that was ended meanwhile takes nothing more."""
     outcome: Outcome = TurnError("model_cut")
     try:
@@ -500,7 +512,8 @@ def run_turn(turn: Turn, model: Model, history: list[Message], words: int,
                 return
         if isinstance(outcome, Finish) and not turn.texts:
             if outcome.reason == "content_filter":
-                outcome = TurnError("model_blocked")
+                blocked = f"The model's service blocked the message or the answer ({outcome.word}). Ask another way."
+                outcome = TurnError("model_blocked", blocked)
             elif outcome.reason == "stop":
                 outcome = TurnError("model_error", "The model ended its answer without a word. Ask again.")
     except TurnError as error:
@@ -512,7 +525,7 @@ def run_turn(turn: Turn, model: Model, history: list[Message], words: int,
     end(turn, outcome)
 
 
-# ---- sessions: what is remembered, and who may begin a turn. It knows no HTTP and nothing of a model's inside. -------
+# ---- sessions: what is remembered, and who may begin a turn. It knows no sockets and nothing of a model's inside. ----
 
 
 class PastTurn(NamedTuple):
@@ -539,14 +552,15 @@ class Session:
         self.created_at = self.last_activity = wall_clock()
         self.history: list[PastTurn] = []
         self.latest: Turn | None = None  # while it runs, and while its log is kept
-        self.unclaimed = False  # made by a POST /chat/stream that has not begun its turn yet
+        self.unclaimed = False  # made by a POST, and no turn has begun; of two POSTs at once either may begin it
         self.deleted = False
 
     @property
-    def running(self) -> Turn | None:
+    def running_turn(self) -> Turn | None:
         return self.latest if self.latest and self.latest.running else None
 
     def messages(self) -> list[Message]:
+        """The history. (The lock is held.)"""
         return [
             Message(*message, turn.turn_id)
             for turn in self.history
@@ -568,7 +582,7 @@ class Session:
     def _facts(self) -> dict[str, Any]:
         return {"session_id": self.session_id, "model": self.model, "message_count": 2 * len(self.history),
                 "created_at": stamp(self.created_at), "last_activity": stamp(self.last_activity),
-                "streaming": self.running is not None}  # fmt: skip
+                "streaming": self.running_turn is not None}
 
     def summary(self) -> dict[str, Any]:
         """One entry of GET /sessions."""
@@ -587,7 +601,7 @@ class Session:
                 "messages": [message._asdict() for message in self.messages()],
                 "latest_turn": turn and {"turn_id": turn.turn_id, "state": turn.state, "message": turn.message,
                                          "started": turn.stamp(turn.started), "chunks": turn.chunks()},
-            }  # fmt: skip
+            }
 
 
 class Counters:
@@ -616,7 +630,7 @@ class Counters:
             self.bytes += sum(map(len, turn.lines)) + len(turn.terminal)
             self.response_time += turn.processing_time
             if turn.answer:
-                self.first_chunks.append((turn.moments[2] - turn.started) / 1e6)
+                self.first_chunks.append((turn.moments[HEAD] - turn.started) / 1e6)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -633,7 +647,7 @@ class Counters:
         with self.lock:
             return {"total_requests": self.successful + self.failed + len(self.running),
                     "successful_requests": self.successful, "failed_requests": self.failed,
-                    "streaming_connections": self.readers}  # fmt: skip
+                    "streaming_connections": self.readers}
 
     def averages(self) -> dict[str, Any]:
         with self.lock:
@@ -644,7 +658,7 @@ class Counters:
                 "average_chunks_per_stream": round(self.chunks / ended, 3) if ended else None,
                 "time_to_first_chunk": {f"p{percent}": first[len(first) * percent // 100] if first else None
                                         for percent in (50, 95)},
-            }  # fmt: skip
+            }
 
     def streams(self) -> list[dict[str, Any]]:
         """One entry for each running turn."""
@@ -652,7 +666,7 @@ class Counters:
             turns = list(self.running)
         return [{"session_id": turn.session_id, "turn_id": turn.turn_id, "started": turn.stamp(turn.started),
                  "chunks": turn.chunks(), "readers": turn.readers, "client": turn.client}
-                for turn in turns]  # fmt: skip
+                for turn in turns]
 
 
 class Sessions:
@@ -673,6 +687,7 @@ class Sessions:
             return list(self.sessions.values())
 
     def get(self, session_id: str) -> Session:
+        """One look into a dict needs no lock. Raises Refused."""
         if not (session := self.sessions.get(session_id)):
             raise Refused("session_not_found", "There is no such session. GET /sessions lists those that there are.")
         return session
@@ -684,10 +699,15 @@ class Sessions:
             return self._add(session_id, model)
 
     def _add(self, session_id: str | None, model: str) -> Session:
+        self._check_open()
         session = Session(session_id or str(uuid.uuid4()), model)
         self.sessions[session.session_id] = session
         self.counters.sessions_created += 1
         return session
+
+    def _check_open(self) -> None:
+        if self.closing:
+            raise Refused("overloaded", "The server is shutting down. Try again when it is back.")
 
     def _get_or_add(self, session_id: str | None) -> Session:
         with self.lock:
@@ -712,11 +732,9 @@ class Sessions:
                     return self._replay(session, known)
                 if known:
                     return known
-                if session.running:
+                if session.running_turn:
                     raise Refused("session_busy", "A turn is running in this session. Wait for its end, or stop it.")
-                if self.closing:
-                    raise Refused("overloaded", "The server is shutting down. Try again when it is back.",
-                                  **{"Retry-After": str(LIMITS["grace"])})  # fmt: skip
+                self._check_open()
                 turn = self._new_turn(session, message, turn_id, client)
                 history = [*session.messages(), Message("user", message, turn.stamp(turn.started), turn.turn_id)]
             self._start(session, turn, history)
@@ -724,11 +742,11 @@ class Sessions:
 
     def _new_turn(self, session: Session, message: str, turn_id: str | None, client: str) -> Turn:
         turn = Turn(session, turn_id or str(uuid.uuid4()), message, 2 * len(session.history), session.unclaimed,
-                    self.settings.chunk_delay, client)  # fmt: skip
+                    self.settings.chunk_delay, client)
         session.latest, session.unclaimed, session.last_activity = turn, False, wall_clock()
         self.counters.begin(turn)
         self.console.log("stream_started", client=client, session=turn.session_id, turn=turn.turn_id,
-                         active=len(self.counters.running), message=message)  # fmt: skip
+                         active=len(self.counters.running), message=message)
         return turn
 
     def _start(self, session: Session, turn: Turn, history: list[Message]) -> None:
@@ -762,16 +780,23 @@ class Sessions:
             if turn.kept:
                 session.history.append(PastTurn(
                     turn.turn_id, turn.message, turn.stamp(turn.started), turn.answer, turn.stamp(turn.ended),
-                    turn.finish, turn.processing_time))  # type: ignore[arg-type]  # a kept turn has one  # fmt: skip
+                    turn.finish, turn.processing_time))  # type: ignore[arg-type]  # a kept turn has one
             session.last_activity = wall_clock()
             self.counters.end(turn)
             self._log_end(turn, outcome)
             return True
 
+    def _log_chunks(self, turn: Turn) -> None:
+        """Log the chunks that have left since the last call. (The lock is held.)"""
+        for number, text, moment in turn.unlogged():
+            self.console.log("chunk", turn.epoch + moment, session=turn.session_id, turn=turn.turn_id, number=number,
+                             text=text)
+
     def _log_end(self, turn: Turn, outcome: Outcome) -> None:
-        self.console.log_chunks(turn)
-        ended = {"session": turn.session_id, "turn": turn.turn_id, "chunks": len(turn.texts),
-                 "seconds": turn.processing_time, "active": len(self.counters.running)}  # fmt: skip
+        self._log_chunks(turn)
+        ended: dict[str, Any] = {
+            "session": turn.session_id, "turn": turn.turn_id, "chunks": len(turn.texts),
+            "seconds": turn.processing_time, "active": len(self.counters.running)}
         if isinstance(outcome, Finish):
             self.console.log("stream_ended", **ended, status=outcome.reason)
         else:
@@ -783,11 +808,11 @@ class Sessions:
         """Stop the running turn, if it is the one named or none is named. True where this ended a turn."""
         session = self.get(session_id)
         with session.changed:
-            turn = session.running
+            turn = session.running_turn
             return turn is not None and turn_id in (None, turn.turn_id) and self.end(session, turn, Finish("cancelled"))
 
     def _abort(self, session: Session, code: str) -> None:
-        if turn := session.running:
+        if turn := session.running_turn:
             self.end(session, turn, TurnError(code))
 
     def clear(self, session_id: str) -> None:
@@ -827,12 +852,12 @@ class Sessions:
         if not turn.running:
             if now - turn.ended >= window:
                 session.latest = None
-        elif not turn.readers and turn.left is not None and now - turn.left >= window:
+        elif not turn.readers and turn.deserted is not None and now - turn.deserted >= window:
             self.end(session, turn, Finish("cancelled"))
         elif turn.heard is not None and now - turn.heard >= LIMITS["model_silence"] * 1e6:
             self.end(session, turn, TurnError("model_cut"))
         else:
-            self.console.log_chunks(turn)
+            self._log_chunks(turn)
 
     def close(self) -> None:
         """Give running turns their grace, then end the rest, and give readers a second to take the end."""
@@ -846,12 +871,12 @@ class Sessions:
     def _wait(self, seconds: float, done: Callable[[], bool]) -> None:
         end = time.monotonic() + seconds
         while not done() and time.monotonic() < end:
-            self.sweep()
+            self.sweep()  # its thread has ended with the server
             time.sleep(0.02)
 
 
-# ---- models: a history -> an iterator of pieces, then one Finish; they raise TurnError. They know no HTTP, no events
-# ---- and no threads. ------------------------------------------------------------------------------------------------
+# ---- models: a history -> an iterator of pieces, then one Finish; they raise TurnError. They know nothing of this
+# ---- server's HTTP, sessions and threads. ----------------------------------------------------------------------------
 
 
 def offline(history: list[Message]) -> Iterator[str | Finish]:
@@ -977,17 +1002,13 @@ def gemini(model_id: str) -> Model:
     def answer(history: list[Message]) -> Iterator[str | Finish]:
         # Gemini refuses a message without text.
         contents = [{"role": message.role, "parts": [{"text": message.text}]} for message in history if message.text]
-        any_text, end, usage = False, None, None
+        end, usage = None, None
         for response in gemini_responses(model_id, contents):
-            text = gemini_text(response)
-            any_text = any_text or text != ""
             end, usage = gemini_end(response) or end, gemini_usage(response) or usage
-            yield text
+            yield gemini_text(response)
         if end:
             reason, word = end
-            if reason == "content_filter" and not any_text:
-                raise TurnError("model_blocked", f"Gemini blocked the message or the answer ({word}). Ask another way.")
-            yield Finish(reason, usage)
+            yield Finish(reason, usage, word)
 
     return answer
 
@@ -1092,7 +1113,7 @@ def find_route(paths: Paths, method: str, path: str) -> tuple[Route | None, dict
     if method not in METHODS:
         raise Refused("not_implemented", f"HTTP defines no such method. This path takes {allow}.")
     if method not in routes and method != "OPTIONS":
-        raise Refused("method_not_allowed", f"This path takes {allow}.", Allow=allow)
+        raise Refused("method_not_allowed", f"This path takes {allow}.", allow)
     return routes.get(method), {name: unquote(value) for name, value in match.groupdict().items()}, allow
 
 
@@ -1101,7 +1122,7 @@ def check_media_type(value: str | None, base: str) -> None:
     media_type = (value or "").partition(";")[0].strip().lower()
     if media_type not in ("", "application/json", "application/x-www-form-urlencoded"):
         raise Refused("unsupported_media_type", "Send JSON: curl -N -H 'Content-Type: application/json' "
-                      f"-d '{{\"message\":\"Hello\"}}' {base}/chat/stream")  # fmt: skip
+                      f"-d '{{\"message\":\"Hello\"}}' {base}/chat/stream")
 
 
 def check_body(route: Route, media_type: str | None, body: bytes, base: str) -> dict[str, Any]:
@@ -1109,7 +1130,7 @@ def check_body(route: Route, media_type: str | None, body: bytes, base: str) -> 
     if route.body is None:
         return {}
     check_media_type(media_type, base)
-    if not body and all(name.endswith("?") for name in route.body.split()):
+    if not body and not route.needs_body:
         return {}
     return check_json(body)
 
@@ -1245,32 +1266,16 @@ class Console:
             self.queue.put(None, timeout=1)
             self.writer.join(1)
 
-    def log(self, event: str, **fields: Any) -> None:
-        """Log an event; in the mode `brief` without texts."""
-        now = wall_clock()
+    def log(self, event: str, at: int | None = None, **fields: Any) -> None:
+        """Log an event, at a moment of wall_clock() (default: now); in the mode `brief` without texts."""
+        at = at or wall_clock()
         if "error" in fields:
-            self.errors.append({"timestamp": stamp(now), "event": event, **fields})
-        if self.mode == "off":
-            return
-        if self.pretty:
-            self.print(self._pretty(event, now, fields))
+            self.errors.append({"timestamp": stamp(at), "event": event, **fields})
+        if self.mode == "off" or (self.mode == "brief" and event == "chunk"):
             return
         if self.mode == "brief":
-            fields = {name: value for name, value in fields.items() if name not in ("message", "text", "detail")}
-        words = [f"{name}={_word(value)}" for name, value in fields.items()]
-        self.print(" ".join([stamp(now), event, *words]))
-
-    def log_chunks(self, turn: Turn) -> None:
-        """Log the chunks that have left since the last call. The turn's lock is held."""
-        left = turn.chunks()
-        if self.mode == "full":
-            for number in range(turn.logged, left):
-                text, moment = turn.texts[number], turn.epoch + turn.moments[number + 2]
-                if self.pretty:
-                    self.print(f"📡 [{_local(moment)}] Chunk #{number + 1}: \"{shorten(escape(text), 60)}\"")
-                else:
-                    self.log("chunk", session=turn.session_id, turn=turn.turn_id, number=number + 1, text=text)
-        turn.logged = left
+            fields = {name: value for name, value in fields.items() if name not in ("message", "detail")}
+        self.print(self._pretty(event, at, fields) if self.pretty else self._plain(event, at, fields))
 
     def crash(self, error: BaseException) -> None:
         """Log what should not have happened, with its traceback, on standard error, whatever the mode."""
@@ -1278,29 +1283,34 @@ class Console:
         self.errors.append({"timestamp": stamp(wall_clock()), "event": "crash", "error": lines[-1]})
         self.print("\n".join(map(escape, lines)), sys.stderr)
 
-    def _pretty(self, event: str, now: int, fields: dict[str, Any]) -> str:
+    def _plain(self, event: str, at: int, fields: dict[str, Any]) -> str:
+        return " ".join([stamp(at), event, *(f"{name}={_word(value)}" for name, value in fields.items())])
+
+    def _pretty(self, event: str, at: int, fields: dict[str, Any]) -> str:
         fields = {name: escape(str(value)) for name, value in fields.items()}
+        if event == "chunk":
+            return f"📡 [{_local(at)}] Chunk #{fields['number']}: \"{shorten(fields['text'], 60)}\""
         if event == "stream_started":
-            return self._paint("36", "\n" + box(f"📡 HTTP STREAM STARTED [{_local(now)}]", {
+            return self._paint("36", "\n" + box(f"📡 HTTP STREAM STARTED [{_local(at)}]", {
                 "Client IP": fields["client"],
                 "Session": shorten(fields["session"], 11),
                 "Message": f'"{shorten(fields["message"], WIDTH - 14)}"',
                 "Active Streams": fields["active"],
                 "Transfer-Encoding": "chunked",
-            }))  # fmt: skip
+            }))
         if event == "stream_ended":
             failed, status = "error" in fields, fields["status"]
             title = "FAILED" if failed else "STOPPED" if status == "cancelled" else "COMPLETED"
             more = f"\n{fields['detail']}" if failed else ""
-            return self._paint("31" if failed else "32", box(f"📡 HTTP STREAM {title} [{_local(now)}]", {
+            return self._paint("31" if failed else "32", box(f"📡 HTTP STREAM {title} [{_local(at)}]", {
                 "Session": shorten(fields["session"], 11),
                 "Total Chunks": fields["chunks"],
                 "Total Time": f"{float(fields['seconds']):.3f}s",
                 "Active Streams": fields["active"],
                 "Status": f"FAILED ({fields['error']})" if failed else {"cancelled": "STOPPED"}.get(status, "SUCCESS"),
-            }) + more) + "\n"  # fmt: skip
+            }) + more) + "\n"
         words = [f"{name}={value}" for name, value in fields.items()]
-        return self._paint("2", " ".join([f"[{_local(now)}]", event.replace("_", " "), *words]))
+        return self._paint("2", " ".join([f"[{_local(at)}]", event.replace("_", " "), *words]))
 
     def _paint(self, colour: str, text: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour else text
@@ -1344,8 +1354,12 @@ def problem(refused: Refused) -> Reply:
     """RFC 9457, problem details."""
     status = ERRORS[refused.code]
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": refused.detail,
-            "code": refused.code}  # fmt: skip
-    headers = {"Content-Type": "application/problem+json", **refused.headers}
+            "code": refused.code}
+    headers = {"Content-Type": "application/problem+json"}
+    if refused.allow:
+        headers["Allow"] = refused.allow
+    if refused.code == "overloaded":
+        headers["Retry-After"] = str(LIMITS["grace"])
     return Reply(status, headers, json.dumps(body).encode() + b"\n")
 
 
@@ -1384,7 +1398,7 @@ class Endpoints:
             raise Refused("invalid_field", trouble)
         session = self.sessions.create(session_id, model or self.settings.model)
         return reply_json({"session_id": session.session_id, "model": session.model,
-                           "timestamp": stamp(session.created_at)})  # fmt: skip
+                           "timestamp": stamp(session.created_at)})
 
     def list_sessions(self, request: Request) -> Reply:
         sessions = sorted(self.sessions.all(), key=lambda session: session.last_activity, reverse=True)
@@ -1406,7 +1420,7 @@ class Endpoints:
     def stop_turn(self, request: Request) -> Reply:
         stopped = self.sessions.stop(request.params["session_id"], check_id(request.fields, "turn_id"))
         return reply_json({"message": "The turn is stopped." if stopped else "No such turn was running.",
-                           "stopped": stopped})  # fmt: skip
+                           "stopped": stopped})
 
     def clear_session(self, request: Request) -> Reply:
         self.sessions.clear(request.params["session_id"])
@@ -1416,7 +1430,7 @@ class Endpoints:
         counters = self.sessions.counters
         return {"status": "healthy", "model": self.settings.model,
                 "uptime_seconds": (clock() - counters.started) // 1_000_000, **counters.totals(),
-                "active_sessions": len(self.sessions)}  # fmt: skip
+                "active_sessions": len(self.sessions)}
 
     def health(self, request: Request) -> Reply:
         return reply_json(self._health())
@@ -1424,13 +1438,13 @@ class Endpoints:
     def stats(self, request: Request) -> Reply:
         counters = self.sessions.counters
         return reply_json({**self._health(), "start_time": stamp(counters.start_time), **counters.averages(),
-                           "streams": counters.streams(), "framework": FRAMEWORK})  # fmt: skip
+                           "streams": counters.streams(), "framework": FRAMEWORK})
 
     def index(self, request: Request) -> Reply:
         return reply_json({
             "name": "streamable HTTP chat", "version": VERSION, "framework": FRAMEWORK, "model": self.settings.model,
             "features": FEATURES, "endpoints": {route.name: f"{route.method} {route.path}" for route in self.routes},
-        })  # fmt: skip
+        })
 
     def openapi(self, request: Request) -> Reply:
         return reply_cached(request, "application/json", json.dumps(describe(self.routes)).encode() + b"\n")
@@ -1446,7 +1460,7 @@ class Endpoints:
     def debug(self, request: Request) -> Reply:
         return reply_json({"threads": [thread.name for thread in threading.enumerate()],
                            "running_turns": self.sessions.counters.streams(), "limits": LIMITS,
-                           "last_errors": list(self.console.errors)})  # fmt: skip
+                           "last_errors": list(self.console.errors)})
 
 
 def describe(routes: list[Route]) -> dict[str, Any]:
@@ -1464,7 +1478,7 @@ def describe(routes: list[Route]) -> dict[str, Any]:
         "components": {"schemas": {**schemas, "event": event, "problem": _object(
             "type title status detail code", type=TEXT, title=TEXT, status=COUNT, detail=TEXT,
             code={"enum": [*ERRORS]})}},
-    }  # fmt: skip
+    }
 
 
 def _operation(route: Route) -> dict[str, Any]:
@@ -1476,7 +1490,7 @@ def _operation(route: Route) -> dict[str, Any]:
     ]
     if route.body is not None:
         content = {"application/json": {"schema": _object(route.body)}}
-        operation["requestBody"] = {"required": "message" in route.body, "content": content}
+        operation["requestBody"] = {"required": route.needs_body, "content": content}
     operation["responses"] = {"200": {"description": route.summary, "content": _content(route)}, **_refusals(route)}
     return operation
 
@@ -1491,11 +1505,12 @@ def _content(route: Route) -> dict[str, Any]:
 
 def _refusals(route: Route) -> dict[str, Any]:
     codes = [*route.errors.split(), "bad_request", "payload_too_large", "internal_error"]
-    codes += ["invalid_json", "invalid_field", "unsupported_media_type"] if route.body is not None else []
+    if route.body is not None:
+        codes += ["invalid_json", "invalid_field", "length_required", "unsupported_media_type"]
     answers: dict[str, Any] = {}
     for code in dict.fromkeys(codes):
         answer = answers.setdefault(str(ERRORS[code]), {"description": "", "content": {
-            "application/problem+json": {"schema": {"$ref": "#/components/schemas/problem"}}}})  # fmt: skip
+            "application/problem+json": {"schema": {"$ref": "#/components/schemas/problem"}}}})
         answer["description"] += f", {code}" if answer["description"] else code
     return answers
 
@@ -1504,12 +1519,12 @@ def _object(fields: str, **schemas: Any) -> dict[str, Any]:
     names = fields.split()
     return {
         "type": "object",
-        "properties": {name: (schemas or FIELDS).get(name) or FIELDS[name] for name in (n.rstrip("?") for n in names)},
+        "properties": {name: {**FIELDS, **schemas}[name] for name in (each.rstrip("?") for each in names)},
         "required": [name for name in names if not name.endswith("?")],
     }
 
 
-# ---- handler: read, check, route, write. The only room that touches a socket; it knows no models and no histories. ---
+# ---- handler and server: read, check, route, write. The only room that touches a socket; it knows no histories. -----
 
 SEND_TIMEOUT = struct.pack("L", 1000 * LIMITS["send"]) if os.name == "nt" else struct.pack("ll", LIMITS["send"], 0)
 PARSER_ERRORS = {400: "bad_request", 414: "uri_too_long", 431: "headers_too_large", 505: "version_not_supported"}
@@ -1532,7 +1547,7 @@ class Handler(BaseHTTPRequestHandler):
         self.command, self.request_version = "", self.protocol_version
         self.close_connection, self.body_read = True, False
         try:
-            answer = self.answer()
+            answer = self.respond()
             if isinstance(answer, Stream):
                 self.write_stream(answer)
             elif answer:
@@ -1541,7 +1556,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.server.console.log("client_left", client=self.client_address[0], reason=type(error).__name__)
 
-    def answer(self) -> Reply | Stream | None:
+    def respond(self) -> Reply | Stream | None:
         """Read one request and serve it; None where there is none."""
         try:
             if not self.read_head():
@@ -1604,7 +1619,7 @@ class Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         return f"http://{host}" if re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host) else self.server.url
 
-    def write_head(self, status: int, headers: dict[str, str]) -> bytes:
+    def response_head(self, status: int, headers: dict[str, str]) -> bytes:
         if not self.body_read:
             self.close_connection = True  # what follows on this connection would be the body
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {self.date_time_string()}"]
@@ -1615,7 +1630,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def write_reply(self, reply: Reply) -> None:
         length = {} if reply.status in (204, 304) else {"Content-Length": str(len(reply.body))}
-        head = self.write_head(reply.status, {**reply.headers, **length})
+        head = self.response_head(reply.status, {**reply.headers, **length})
         self.connection.sendall(head if self.command == "HEAD" else head + reply.body)
         if not self.body_read:
             self.linger()
@@ -1623,7 +1638,7 @@ class Handler(BaseHTTPRequestHandler):
     def write_stream(self, stream: Stream) -> None:
         """Send a turn's lines as they may be read, each line a transfer chunk, all that are ready at once."""
         chunked = self.request_version != "HTTP/1.0"
-        head = self.write_head(200, STREAM_HEADERS | ({"Transfer-Encoding": "chunked"} if chunked else {}))
+        head = self.response_head(200, STREAM_HEADERS | ({"Transfer-Encoding": "chunked"} if chunked else {}))
         if self.command == "HEAD":
             self.connection.sendall(head)
             return
@@ -1644,9 +1659,6 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(TimeoutError):
             while self.connection.recv(65536) and time.monotonic() < end:
                 pass
-
-
-# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 class Server(ThreadingHTTPServer):
@@ -1686,6 +1698,9 @@ class Server(ThreadingHTTPServer):
             self.console.crash(error)
 
 
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+
 def make_server(host: str = "127.0.0.1", port: int = 8000, settings: Settings | None = None) -> Server:
     """A server that is bound but does not serve yet, so that with port 0 its `url` is known first. Raises OSError."""
     return Server(host, port, settings or Settings())
@@ -1705,19 +1720,19 @@ def between(kind: type, low: float, high: float, open_low: bool = False) -> Call
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Chat with a language model over plain HTTP/1.1, streamed as newline-delimited JSON.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option, defaults = parser.add_argument, Settings()
     option("--host", default="127.0.0.1", help="address to listen at")
     option("--port", type=between(int, 0, 65535), default=8000, help="0 takes a free one")
     option("--model", metavar="ID", default=choose_model(), help="offline, or the name of a Gemini model")
     option("--chunk-words", metavar="N", type=between(int, 1, math.inf), default=defaults.chunk_words,
-           help="words in a chunk at the most")  # fmt: skip
+           help="words in a chunk at the most")
     option("--chunk-delay", metavar="S", type=between(float, 0, 1e6), default=defaults.chunk_delay,
-           help="seconds between chunks at the least; 0 turns the pace off")  # fmt: skip
+           help="seconds between chunks at the least; 0 turns the pace off")
     option("--resume-window", metavar="S", type=between(float, 0, 1e9), default=defaults.resume_window,
-           help="seconds that a turn goes on without readers, and that a log is kept after its end")  # fmt: skip
+           help="seconds that a turn goes on without readers, and that a log is kept after its end")
     option("--heartbeat", metavar="S", type=between(float, 0, 15, open_low=True), default=defaults.heartbeat,
-           help="seconds of silence after which a reader gets a ping")  # fmt: skip
+           help="seconds of silence after which a reader gets a ping")
     option("--debug", action="store_true", help="serve /debug")
     option("--log", choices=["full", "brief", "off"], default=defaults.log, help="brief logs no texts")
     return parser.parse_args()
@@ -1768,7 +1783,7 @@ def greet(server: Server) -> None:
             "Multi-turn": "ENABLED",
             "Streaming": "CHUNKED HTTP",
             "Status": "READY",
-        }))  # fmt: skip
+        }))
         console.print(f"Try: curl -N -d '{{\"message\":\"Hello\"}}' {server.url}/chat/stream")
     else:
         console.log("server_started", model=settings.model, framework=FRAMEWORK)
@@ -1788,11 +1803,11 @@ def say_goodbye(server: Server) -> None:
             "Total Sessions Created": averages["total_sessions_created"],
             "Total Chunks": averages["total_chunks"],
             "Avg Response Time": f"{averages['average_response_time'] or 0:.3f}s",
-        }))  # fmt: skip
+        }))
     else:
         server.console.log("server_stopped", **totals, **{
             name: averages[name] for name in ("total_sessions_created", "total_chunks", "average_response_time")
-        })  # fmt: skip
+        })
 
 
 if __name__ == "__main__":

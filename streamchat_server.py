@@ -43,7 +43,7 @@ of the chunked transfer coding (a "transfer chunk": size in hex, CRLF, data, CRL
 
     session_info   which session and turn this is, before the model is called     1
     status         how many messages came before, which the model is given too    1
-    chunk          a part of the answer; all of them joined are the answer        any number (1 before `complete`)
+    chunk          a part of the answer; all of them joined are the answer        any number, at least 1 if complete
     complete       terminal: how it ended, and what the history holds now         1, or else
     error          terminal: a code, and whether the same POST may help           1
     ping           after a silence, to this reader only; no part of the log       any number
@@ -332,7 +332,7 @@ def transfer_chunk(data: bytes) -> bytes:
 
 # ---- turn: a log of lines that anyone may follow. It knows no sockets, no HTTP and nothing of a model's inside. ------
 
-HEAD = 2  # lines before the chunks: session_info and status
+OPENING = 2  # lines before the chunks: session_info and status
 
 
 class Turn:
@@ -389,12 +389,12 @@ class Turn:
 
     def chunks(self) -> int:
         """How many chunks have left: those whose moment has come."""
-        return bisect_right(self.moments, clock()) - HEAD
+        return bisect_right(self.moments, clock()) - OPENING
 
     def unlogged(self) -> list[tuple[int, str, int]]:
         """Number, text and moment of the chunks that have left since the last call. (The lock is held.)"""
         first, self.logged = self.logged, self.chunks()
-        return [(number + 1, self.texts[number], self.moments[HEAD + number]) for number in range(first, self.logged)]
+        return [(number + 1, self.texts[number], self.moments[OPENING + number]) for number in range(first, self.logged)]
 
     def _step(self, event: str) -> bool:
         state = TURN_STATES[self.state].get(event)
@@ -442,7 +442,7 @@ class Turn:
             self.ended = now = clock()
             self.processing_time = (now - self.started) / 1e6 if processing_time is None else processing_time
             ready = bisect_right(self.moments, now)
-            del self.lines[ready:], self.moments[ready:], self.texts[ready - HEAD :]
+            del self.lines[ready:], self.moments[ready:], self.texts[ready - OPENING :]
             event: dict[str, Any] = self._complete(outcome) if isinstance(outcome, Finish) else {
                 "type": "error", "code": outcome.code, "message": outcome.text,
                 "retryable": STREAM_ERRORS[outcome.code][0]}
@@ -473,7 +473,7 @@ class Turn:
                 with self.changed:
                     now = clock()
                     ready = bisect_right(self.moments, now)
-                    lines = self.lines[at:HEAD] + self.lines[max(at, HEAD + after) : ready]
+                    lines = self.lines[at:OPENING] + self.lines[max(at, OPENING + after) : ready]
                     at, ended = ready, bool(self.terminal)
                     wake = min([spoken + int(heartbeat * 1e6), *self.moments[at : at + 1]])
                     if not lines and not ended and now < wake:
@@ -488,12 +488,12 @@ class Turn:
                     self.deserted = clock()
 
 
-def cut(piece: str, words: int) -> list[str]:
+def cut(piece: str, words: int) -> Iterator[str]:
     """A piece cut into texts of at most `words` words; joined, they are the piece again, but for lone surrogates."""
     piece = re.sub("[\ud800-\udfff]", "\ufffd", piece)
     size = LIMITS["chunk"]
-    texts = re.findall(rf"\s*(?:\S+\s*){{1,{min(words, size)}}}|\s+", piece)
-    return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
+    for match in re.finditer(rf"\s*(?:\S+\s*){{1,{min(words, size)}}}|\s+", piece):
+        yield from (match[0][at : at + size] for at in range(0, len(match[0]), size))
 
 
 def run_turn(turn: Turn, model: Model, history: list[Message], words: int,
@@ -630,7 +630,7 @@ class Counters:
             self.bytes += sum(map(len, turn.lines)) + len(turn.terminal)
             self.response_time += turn.processing_time
             if turn.answer:
-                self.first_chunks.append((turn.moments[HEAD] - turn.started) / 1e6)
+                self.first_chunks.append((turn.moments[OPENING] - turn.started) / 1e6)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -761,7 +761,7 @@ class Sessions:
     def _replay(self, session: Session, past: PastTurn) -> Turn:
         """A turn whose log is gone, made again from the history, without pace."""
         turn = Turn(session, past.turn_id, past.message, 2 * session.history.index(past))
-        texts = cut(past.answer, self.settings.chunk_words)
+        texts = list(cut(past.answer, self.settings.chunk_words))
         last = texts.pop() if texts and past.finish.reason != "cancelled" else None
         for text in texts:
             turn.add(text)

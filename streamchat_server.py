@@ -394,7 +394,7 @@ class Turn:
     def unlogged(self) -> list[tuple[int, str, int]]:
         """Number, text and moment of the chunks that have left since the last call. (The lock is held.)"""
         first, self.logged = self.logged, self.chunks()
-        return [(number + 1, self.texts[number], self.moments[OPENING + number]) for number in range(first, self.logged)]
+        return [(at + 1, self.texts[at], self.moments[OPENING + at]) for at in range(first, self.logged)]
 
     def _step(self, event: str) -> bool:
         state = TURN_STATES[self.state].get(event)
@@ -608,7 +608,7 @@ class Counters:
     """What /health and /stats count. Turns are running, successful or failed, so the totals always balance."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # who wants several answers that agree takes it around them
         self.start_time, self.started = wall_clock(), clock()
         self.running: dict[Turn, None] = {}  # in the order of their start
         self.successful = self.failed = self.sessions_created = self.chunks = self.bytes = self.readers = 0
@@ -1437,8 +1437,9 @@ class Endpoints:
 
     def stats(self, request: Request) -> Reply:
         counters = self.sessions.counters
-        return reply_json({**self._health(), "start_time": stamp(counters.start_time), **counters.averages(),
-                           "streams": counters.streams(), "framework": FRAMEWORK})
+        with counters.lock:
+            return reply_json({**self._health(), "start_time": stamp(counters.start_time), **counters.averages(),
+                               "streams": counters.streams(), "framework": FRAMEWORK})
 
     def index(self, request: Request) -> Reply:
         return reply_json({
@@ -1526,7 +1527,7 @@ def _object(fields: str, **schemas: Any) -> dict[str, Any]:
 
 # ---- handler and server: read, check, route, write. The only room that touches a socket; it knows no histories. -----
 
-SEND_TIMEOUT = struct.pack("L", 1000 * LIMITS["send"]) if os.name == "nt" else struct.pack("ll", LIMITS["send"], 0)
+SEND_TIMEOUT = struct.pack("L", 1000) if os.name == "nt" else struct.pack("ll", 1, 0)  # one second
 PARSER_ERRORS = {400: "bad_request", 414: "uri_too_long", 431: "headers_too_large", 505: "version_not_supported"}
 STREAM_HEADERS = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -1607,7 +1608,7 @@ class Handler(BaseHTTPRequestHandler):
         if int(length) > LIMITS["body"]:
             raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
         if self.headers.get("Expect", "").lower() == "100-continue" and int(length):
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             raise ConnectionResetError("the body was cut short")
@@ -1631,7 +1632,7 @@ class Handler(BaseHTTPRequestHandler):
     def write_reply(self, reply: Reply) -> None:
         length = {} if reply.status in (204, 304) else {"Content-Length": str(len(reply.body))}
         head = self.response_head(reply.status, {**reply.headers, **length})
-        self.connection.sendall(head if self.command == "HEAD" else head + reply.body)
+        self.send(head if self.command == "HEAD" else head + reply.body)
         if not self.body_read:
             self.linger()
 
@@ -1640,16 +1641,27 @@ class Handler(BaseHTTPRequestHandler):
         chunked = self.request_version != "HTTP/1.0"
         head = self.response_head(200, STREAM_HEADERS | ({"Transfer-Encoding": "chunked"} if chunked else {}))
         if self.command == "HEAD":
-            self.connection.sendall(head)
+            self.send(head)
             return
         follow = stream.turn.follow(stream.after, self.server.settings.heartbeat)
         with self.server.sessions.counters.reading(), closing(follow):
             for lines in follow:
                 lines = lines or [encode(type="ping", timestamp=stamp(wall_clock()))]
-                self.connection.sendall(head + b"".join(map(transfer_chunk, lines) if chunked else lines))
+                self.send(head + b"".join(map(transfer_chunk, lines) if chunked else lines))
                 head = b""
         if chunked:
-            self.connection.sendall(LAST_TRANSFER_CHUNK)
+            self.send(LAST_TRANSFER_CHUNK)
+
+    def send(self, data: bytes) -> None:
+        """Send it all. Raises TimeoutError when the peer takes nothing for LIMITS["send"] seconds, however it began."""
+        rest, progress = memoryview(data), time.monotonic()
+        while rest:
+            try:
+                rest = rest[self.connection.send(rest) :]
+                progress = time.monotonic()
+            except (BlockingIOError, TimeoutError):  # SEND_TIMEOUT is over, which Windows tells by the second
+                if time.monotonic() - progress >= LIMITS["send"]:
+                    raise TimeoutError("the peer takes nothing") from None
 
     def linger(self) -> None:
         """Read on for a moment: a close with unread bytes resets the connection, and the answer is lost on its way."""

@@ -668,6 +668,22 @@ class TestRunIt:
             server.process.send_signal(signal.SIGINT)
             assert server.process.wait(2) == 0
 
+    def test_a_new_turn_while_the_server_shuts_down_is_refused(self, serve):
+        server = serve("--chunk-delay", "0.02")
+        stream = server.chat(LONG, session_id="s")
+        stream.read_until("chunk")
+        connection = server.connect()
+        connection.send(http_request("GET", "/health"))
+        server.response(connection, close=False)
+        server.process.send_signal(signal.SIGTERM)
+        assert wait_until(lambda: not self.serves(server), 3)
+        connection.send(chat_request({"message": "Hi"}) + http_request("GET", "/sessions"))
+        refused = server.response(connection, close=False)
+        check_problem(refused, 503, "overloaded")
+        assert re.fullmatch("[0-9]+", refused.headers["retry-after"])
+        assert server.response(connection).json["active_sessions"] == 1, "the refused turn made a session"
+        stream.abort()
+
     def test_a_signal_ends_a_long_turn_after_5_seconds(self, serve):
         server = serve("--chunk-delay", "0.02")
         session = new_id()
@@ -1045,8 +1061,8 @@ class TestCutConnections:
     """A lost connection is not a stop: resume reads on, a retry is the same POST again, and the turn runs once."""
 
     @pytest.mark.parametrize("again", ["resume", "retry"])
-    def test_a_cut_at_any_byte_loses_nothing(self, own, again):
-        server = own("--chunk-delay", "0.005", "--chunk-words", "6", "--log", "off")
+    def test_a_cut_at_any_byte_loses_nothing(self, farm, again):
+        server = farm("--chunk-delay", "0.005", "--chunk-words", "6", "--log", "off")
         request = {"message": "Hi there", "session_id": new_id(), "turn_id": new_id()}
         probe = server.connect()
         probe.send(chat_request(request, "Connection: close"))
@@ -1769,6 +1785,9 @@ GEMINI_STREAMS = {
     "unknown fields": [says({"text": "One.", "mood": 1}, finish="STOP", weather={"sun": 1})],
     "line separators": [says("a\u2028b\u2029c\u0085d\x0be\x1cf"), says("g", finish="STOP")],
     "empty lines": [b"\r\n\r\n", says("One."), b"\r\n", says(finish="STOP")],
+    "half a character": [
+        b'data: {"candidates": [{"content": {"parts": [{"text": "a\\ud83d b"}]}, "finishReason": "STOP"}]}\n\n',
+    ],
     "no last newline": [says("One "), b"data: " + json.dumps(says("two.", finish="STOP")).encode()],
     "white space": [says(" \n"), says("\t a  b\n\n"), says("\U0001f600\u0301 ", finish="STOP")],
 }
@@ -1950,6 +1969,7 @@ MODEL_ENDS = [
     ("unknown fields", "stop", "One.", 1, ""),
     ("usage last", "stop", "One.", 1, ""),
     ("line separators", "stop", "a\u2028b\u2029c\u0085d\x0be\x1cfg", 1, ""),
+    ("half a character", "stop", "a\ufffd b", 1, ""),
     ("no last newline", "stop", "One two.", 1, ""),
     ("white space", "stop", " \n\t a  b\n\n\U0001f600\u0301 ", 1, ""),
 ]

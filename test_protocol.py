@@ -2306,6 +2306,44 @@ class TestClients:
         client.close()
 
 
+def normal(text):
+    """What a server prints, without what differs from run to run."""
+    for pattern, name in [(TIME.pattern, "TIME"), (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID"),
+                          (r'"processing_time":[0-9.]+', "TOOK"), (r"(?m)^Date: .*$", "DATE"),
+                          (r"(?m)^[0-9a-f]+\r\n(?=\{)", "SIZE")]:
+        text = re.sub(pattern, name, text)
+    return text.strip()
+
+
+class TestReadme:
+    """What the README shows is what the server does."""
+
+    def test_the_exchange_byte_by_byte(self, serve):
+        request, answer = re.findall(r"^```http\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        head, _, body = answer.partition("\n\n")
+        shown = head.replace("\n", "\r\n") + "\r\n\r\n"
+        for row in body.splitlines():       # its ends of lines are written out
+            shown += row.removesuffix("\\n").removesuffix("\\r") + ("\r\n" if row.endswith("\\r\\n") else "\n")
+        for size, line in re.findall(r"\r\n([0-9a-f]+)\r\n(\{.*\n)", shown):
+            assert int(size, 16) == len(line) or "TOOK" in normal(line), f"{size} is not the size of {line}"
+        connection = serve().connect()
+        connection.send(request.rstrip("\n").replace("\n", "\r\n").encode())
+        sent = b""
+        while not sent.endswith(b"\r\n0\r\n\r\n"):
+            sent += connection.take(1)
+        assert normal(sent.decode()) == normal(shown)
+
+    def test_the_commands_and_what_they_print(self, serve):
+        needs("curl")
+        server = serve()
+        server.request("POST", "/sessions/new", {"session_id": "demo"})
+        blocks = re.findall(r"^```console\n\$ (.*?)\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        assert len(blocks) == 3
+        for command, shown in blocks:
+            command = replaced(command, ("curl", "curl -sS"), ("localhost:8000", url_of(server)))
+            assert normal(run(["sh", "-c", command], ".")) == normal(shown)
+
+
 class TestPythonClient:
     def test_it_runs_as_it_stands(self, instant, tmp_path):
         path = tmp_path / "chat.py"

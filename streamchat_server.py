@@ -1490,7 +1490,9 @@ def _operation(route: Route) -> dict[str, Any]:
         {"name": name, "in": place, "required": place == "path", "schema": FIELDS[name]} for name, place in inputs
     ]
     if route.body is not None:
-        content = {"application/json": {"schema": _object(route.body)}}
+        optional = [name.rstrip("?") for name in route.body.split() if name.endswith("?")]
+        nullable = {name: {**FIELDS[name], "type": ["string", "null"]} for name in optional}
+        content = {"application/json": {"schema": _object(route.body, **nullable)}}
         operation["requestBody"] = {"required": route.needs_body, "content": content}
     operation["responses"] = {"200": {"description": route.summary, "content": _content(route)}, **_refusals(route)}
     return operation

@@ -693,6 +693,7 @@ class Sessions:
         return session
 
     def create(self, session_id: str | None, model: str) -> Session:
+        """A new session. Raises Refused: session_exists, overloaded."""
         with self.lock:
             if session_id in self.sessions:
                 raise Refused("session_exists", f"The session {session_id} is there already. Take another session_id.")
@@ -816,6 +817,7 @@ class Sessions:
             self.end(session, turn, TurnError(code))
 
     def clear(self, session_id: str) -> None:
+        """Forget the history, and end a running turn first. Raises Refused: session_not_found."""
         session = self.get(session_id)
         with session.changed:
             self._abort(session, "session_cleared")
@@ -823,6 +825,7 @@ class Sessions:
             session.last_activity = wall_clock()
 
     def delete(self, session_id: str) -> None:
+        """Forget the session; a POST that holds it already makes a new one. Raises Refused: session_not_found."""
         with self.lock:
             session = self.get(session_id)
             del self.sessions[session_id]
@@ -911,6 +914,7 @@ def gemini_keys() -> list[str]:
 
 
 def gemini_on_vertex() -> bool:
+    """Whether the environment asks for Vertex AI; USE_ENTERPRISE, the newer name, goes first."""
     flag = os.environ.get("GOOGLE_GENAI_USE_ENTERPRISE", os.environ.get("GOOGLE_GENAI_USE_VERTEXAI", ""))
     return flag.lower() in ("true", "1")
 
@@ -993,6 +997,7 @@ def read_lines_well(response: Any) -> None:
 
 
 def load_model(model_id: str) -> Model:
+    """The model of this name; one that model_problem() has nothing against."""
     return offline if model_id == "offline" else gemini(model_id)
 
 
@@ -1049,6 +1054,7 @@ def gemini_end(response: Any) -> tuple[str, str] | None:
 
 
 def gemini_usage(response: Any) -> dict | None:
+    """Token counts so far, as `complete` tells them."""
     usage = response.usage_metadata
     if not usage:
         return None
@@ -1058,6 +1064,7 @@ def gemini_usage(response: Any) -> dict | None:
 
 
 def gemini_error(model_id: str, error: Exception) -> TurnError:
+    """What google-genai, its transport or its credentials raised, as a stream error with a sentence that helps."""
     from google.auth.exceptions import DefaultCredentialsError, RefreshError
     from google.genai.errors import APIError
 
@@ -1157,6 +1164,7 @@ def _finite(text: str) -> float:
 
 
 def check_id(fields: dict[str, Any], name: str, pattern: re.Pattern = ID) -> str | None:
+    """An optional name among the fields; null is as good as none. Raises Refused: invalid_field."""
     value = fields.get(name)
     if value is None:
         return None
@@ -1168,6 +1176,7 @@ def check_id(fields: dict[str, Any], name: str, pattern: re.Pattern = ID) -> str
 
 
 def check_message(fields: dict[str, Any]) -> str:
+    """The message, as it was sent. Raises Refused: invalid_field."""
     message = fields.get("message")
     if not isinstance(message, str) or not message.strip():
         raise Refused("invalid_field", "message must be a string that is not blank.")
@@ -1179,6 +1188,7 @@ def check_message(fields: dict[str, Any]) -> str:
 
 
 def check_after(query: str) -> int:
+    """The `after` of a query string, 0 where there is none. Raises Refused: invalid_field."""
     values = parse_qs(query, keep_blank_values=True).get("after", ["0"])
     if len(values) > 1 or not AFTER.fullmatch(values[0]):
         raise Refused("invalid_field", "after must be a number of 1 to 9 digits: the last chunk that you have.")
@@ -1215,16 +1225,19 @@ def fit(text: str, width: int) -> str:
 
 
 def shorten(text: str, width: int) -> str:
+    """The text in at most `width` columns."""
     return fit(text[: width + 1], width).rstrip()
 
 
 def box(title: str, rows: dict[str, Any]) -> str:
+    """A box of lines with a title in its upper edge."""
     head = f"┌─ {title} "
     lines = [f"│ {fit(f'{name}: {value}', WIDTH - 1)}│" for name, value in rows.items()]
     return "\n".join([head + "─" * (WIDTH + 1 - columns(head)) + "┐", *lines, "└" + "─" * WIDTH + "┘"])
 
 
 def banner(rows: dict[str, Any]) -> str:
+    """What stands above all when a server starts at a terminal."""
     title = "📡 STREAMABLE HTTP CHAT SERVER 📡"
     left = (WIDTH - columns(title)) // 2
     lines = [f"║{fit(' ' * left + title, WIDTH)}║", "╠" + "═" * WIDTH + "╣"]
@@ -1251,6 +1264,7 @@ class Console:
         self.writer.start()
 
     def print(self, text: str, stream: Any = None) -> None:
+        """Queue a text for standard output (or `stream`)."""
         with suppress(Full):
             self.queue.put_nowait((stream or sys.stdout, text))
 
@@ -1347,6 +1361,7 @@ class Stream(NamedTuple):
 
 
 def reply_json(body: dict[str, Any]) -> Reply:
+    """200 with a JSON object."""
     return Reply(200, {"Content-Type": "application/json"}, json.dumps(body).encode() + b"\n")
 
 
@@ -1582,6 +1597,7 @@ class Handler(BaseHTTPRequestHandler):
             return problem(Refused("internal_error", "Something went wrong in the server; its log has the details."))
 
     def read_head(self) -> bool:
+        """Request line and headers (RFC 9112, sections 3 and 5); False at the end of the connection. Raises Refused."""
         self.raw_requestline = self.rfile.readline(LIMITS["request_line"] + 1)
         if len(self.raw_requestline) > LIMITS["request_line"]:
             raise Refused("uri_too_long", "The request line is too long.")
@@ -1602,6 +1618,7 @@ class Handler(BaseHTTPRequestHandler):
         return True  # 100 Continue waits until the head has passed its checks: see read_body
 
     def read_body(self) -> bytes:
+        """The whole body (RFC 9112, section 6). Raises Refused, and OSError where it is cut short."""
         if "Transfer-Encoding" in self.headers:
             raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
         length = self.headers.get("Content-Length", "0")
@@ -1623,13 +1640,14 @@ class Handler(BaseHTTPRequestHandler):
         return f"http://{host}" if re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host) else self.server.url
 
     def response_head(self, status: int, headers: dict[str, str]) -> bytes:
+        """Status line and headers; settles whether the connection is closed after this answer."""
         if not self.body_read:
             self.close_connection = True  # what follows on this connection would be the body
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        lines += ["X-Content-Type-Options: nosniff"]
-        lines += [f"Connection: {'close' if self.close_connection else 'keep-alive'}"]
-        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+        connection = "close" if self.close_connection else "keep-alive"
+        lines += ["X-Content-Type-Options: nosniff", f"Connection: {connection}", "", ""]
+        return "\r\n".join(lines).encode("latin-1")
 
     def write_reply(self, reply: Reply) -> None:
         length = {} if reply.status in (204, 304) else {"Content-Length": str(len(reply.body))}
@@ -1721,6 +1739,7 @@ def make_server(host: str = "127.0.0.1", port: int = 8000, settings: Settings | 
 
 
 def between(kind: type, low: float, high: float, open_low: bool = False) -> Callable[[str], Any]:
+    """A type for argparse: a number from `low` (without it, if `open_low`) to `high`."""
     def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high or (open_low and value == low):

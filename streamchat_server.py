@@ -677,7 +677,7 @@ class Sessions:
         self.counters = Counters()
         self.lock = threading.Lock()
         self.sessions: dict[str, Session] = {}
-        self.closing = False
+        self.closing = False  # when true, no session is made and no turn begun
 
     def __len__(self) -> int:
         return len(self.sessions)
@@ -858,13 +858,13 @@ class Sessions:
         elif not turn.readers and turn.deserted is not None and now - turn.deserted >= window:
             self.end(session, turn, Finish("cancelled"))
         elif turn.heard is not None and now - turn.heard >= LIMITS["model_silence"] * 1e6:
-            self.end(session, turn, TurnError("model_cut"))
+            silence = f"The model was silent for {LIMITS['model_silence']} s. Send the same request again."
+            self.end(session, turn, TurnError("model_cut", silence))
         else:
             self._log_chunks(turn)
 
     def close(self) -> None:
         """Give running turns their grace, then end the rest, and give readers a second to take the end."""
-        self.closing = True
         self._wait(LIMITS["grace"], lambda: not self.counters.running)
         for session in self.all():
             with session.changed:
@@ -1720,6 +1720,10 @@ class Server(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         threading.Thread(target=self.sessions.sweep_until, args=(self.closed,), name="sweep", daemon=True).start()
         super().serve_forever(poll_interval)
+
+    def shutdown(self) -> None:
+        self.sessions.closing = True
+        super().shutdown()
 
     def server_close(self) -> None:
         super().server_close()

@@ -1484,9 +1484,9 @@ def describe(routes: list[Route]) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-    kinds = {kind: {"$ref": f"#/components/schemas/{kind}"} for kind in EVENTS}
     schemas = {kind: _object(f"type {fields}", type={"const": kind}) for kind, fields in EVENTS.items()}
-    event = {"oneOf": list(kinds.values()), "discriminator": {"propertyName": "type"}}
+    event = {"oneOf": [{"$ref": f"#/components/schemas/{kind}"} for kind in EVENTS],
+             "discriminator": {"propertyName": "type"}}
     return {
         "openapi": "3.2.0",
         "info": {"title": "Streamable HTTP chat", "version": VERSION},
@@ -1594,7 +1594,7 @@ class Handler(BaseHTTPRequestHandler):
             raise
         except Exception as error:
             self.server.console.crash(error)
-            return problem(Refused("internal_error", "Something went wrong in the server; its log has the details."))
+            return problem(Refused("internal_error", STREAM_ERRORS["internal_error"][1]))
 
     def read_head(self) -> bool:
         """Request line and headers (RFC 9112, sections 3 and 5); False at the end of the connection. Raises Refused."""
@@ -1722,6 +1722,7 @@ class Server(ThreadingHTTPServer):
         super().serve_forever(poll_interval)
 
     def shutdown(self) -> None:
+        """Return when no connection is accepted any more; kept-alive ones may no longer begin a turn."""
         self.sessions.closing = True
         super().shutdown()
 
@@ -1755,6 +1756,7 @@ def between(kind: type, low: float, high: float, open_low: bool = False) -> Call
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Host, port, and what Settings has. A bad flag ends the program with status 2."""
     parser = argparse.ArgumentParser(
         description="Chat with a language model over plain HTTP/1.1, streamed as newline-delimited JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1776,6 +1778,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """The exit status: 2 where the server cannot start; after a signal the program ends here, with 0."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where no emoji can be written
     arguments = vars(parse_arguments())
@@ -1793,6 +1796,7 @@ def main() -> int:
 
 
 def fail(trouble: str) -> int:
+    """One line on standard error, and the exit status."""
     print(f"{Path(sys.argv[0]).name}: error: {escape(trouble)}", file=sys.stderr)
     return 2
 
@@ -1812,6 +1816,7 @@ def serve_until_signal(server: Server) -> None:
 
 
 def greet(server: Server) -> None:
+    """The banner; its last line is the address, in every mode, for programs that wait for it."""
     console, settings = server.console, server.settings
     if console.pretty:
         console.print(banner({
@@ -1828,6 +1833,7 @@ def greet(server: Server) -> None:
 
 
 def say_goodbye(server: Server) -> None:
+    """The statistics."""
     counters = server.sessions.counters
     totals, averages = counters.totals(), counters.averages()
     if server.console.pretty:

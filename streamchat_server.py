@@ -60,6 +60,7 @@ Who was cut off sends the same POST again (it follows the turn's log instead of 
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import hashlib
 import json
@@ -79,18 +80,21 @@ import uuid
 import warnings
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
 from functools import cache, lru_cache, partial
+from hmac import compare_digest
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from importlib.util import find_spec
+from ipaddress import ip_address
 from itertools import chain
 from pathlib import Path
 from queue import Full, Queue
-from socketserver import TCPServer
+from socketserver import BaseRequestHandler, TCPServer
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote
@@ -103,7 +107,13 @@ FRAMEWORK = "Python http.server + HTTP Streaming"
 LIMITS = {
     "message": 100_000,  # characters: a short book's chapter; Gemini's smallest context holds many of them
     "body": 2 << 20,  # bytes: 100,000 characters, each written as two \uXXXX, and room for the other fields
-    "request_line": 8 << 10,  # bytes: what RFC 9112, section 3, asks for at the least
+    "request_line": 8 << 10,  # bytes with its CRLF: what RFC 9112, section 3, asks for at the least; nginx's too
+    "head": 32 << 10,  # bytes with its last empty line: nginx's four buffers of 8 KiB
+    "fields": 100,  # in a head: Apache's and http.client's
+    "head_time": 10,  # seconds from its first byte to its last, however it drips: it is one packet or a few
+    "body_time": 30,  # seconds from the end of the head: 2 MiB at 70 KB/s
+    "idle": 60,  # seconds between two requests; nginx keeps 75, browsers open a new connection unseen
+    "sessions": 10_000,  # kept until they are deleted; a day's worth for a small team, some 100 MB at 10 KB each
     "chunk": 4096,  # code points: at most 12 bytes each (two \uXXXX), so a line stays under 64 KiB
     "error_message": 1000,  # characters: a sentence for a person, not a page of somebody's HTML
     "model_silence": 120,  # seconds without a piece: longer than a model thinks, shorter than a person waits
@@ -120,11 +130,11 @@ MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 AFTER = re.compile(r"[0-9]{1,9}")
 
 ERRORS = {  # code of a problem (RFC 9457): HTTP status
-    "bad_request": 400, "invalid_json": 400, "invalid_field": 400, "not_found": 404, "session_not_found": 404,
-    "no_turn": 404, "method_not_allowed": 405, "session_busy": 409, "session_exists": 409, "turn_id_reused": 409,
-    "length_required": 411, "payload_too_large": 413, "uri_too_long": 414, "unsupported_media_type": 415,
-    "headers_too_large": 431, "internal_error": 500, "not_implemented": 501, "overloaded": 503,
-    "version_not_supported": 505,
+    "bad_request": 400, "invalid_json": 400, "invalid_field": 400, "unauthorized": 401, "forbidden_origin": 403,
+    "forbidden_host": 403, "not_found": 404, "session_not_found": 404, "no_turn": 404, "method_not_allowed": 405,
+    "request_timeout": 408, "session_busy": 409, "session_exists": 409, "turn_id_reused": 409, "length_required": 411,
+    "payload_too_large": 413, "uri_too_long": 414, "unsupported_media_type": 415, "headers_too_large": 431,
+    "internal_error": 500, "not_implemented": 501, "overloaded": 503, "version_not_supported": 505,
 }
 
 STREAM_ERRORS = {  # code of an `error` event: (may the same POST help?, what to say where nobody knows more)
@@ -173,6 +183,7 @@ class Route(NamedTuple):
     body: str | None = None  # fields of the JSON body ("?": optional); None: no body is read as JSON
     errors: str = ""  # codes, beside those that any request can get
     query: str = ""
+    public: bool = False  # needs no token
 
     @property
     def needs_body(self) -> bool:
@@ -196,19 +207,20 @@ ROUTES = (
           "message stopped", "turn_id?", "session_not_found"),
     Route("clear_session", "POST", "/sessions/{session_id}/clear", "Clear a session's history", "message",
           errors="session_not_found"),
-    Route("health", "GET", "/health", "Is it alive, and what does it do", HEALTH),
+    Route("health", "GET", "/health", "Is it alive, and what does it do", HEALTH, public=True),
     Route("stats", "GET", "/stats", "Counters, averages and running turns",
           f"{HEALTH} average_response_time start_time total_sessions_created total_chunks total_bytes "
           "average_chunks_per_stream time_to_first_chunk streams framework"),
     Route("index", "GET", "/", "What this server is and which endpoints it has",
-          "name version framework model features endpoints"),
-    Route("openapi", "GET", "/openapi.json", "This description, as OpenAPI 3.2", "application/json"),
-    Route("demo", "GET", "/demo", "The page", "text/html", errors="not_found"),
-    Route("docs", "GET", "/docs", "The page, opened at its API view", "text/html", errors="not_found"),
+          "name version framework model features endpoints", public=True),
+    Route("openapi", "GET", "/openapi.json", "This description, as OpenAPI 3.2", "application/json", public=True),
+    Route("demo", "GET", "/demo", "The page", "text/html", errors="not_found", public=True),
+    Route("docs", "GET", "/docs", "The page, opened at its API view", "text/html", errors="not_found", public=True),
     Route("debug", "GET", "/debug", "Threads, running turns, limits, the last errors (only with --debug)",
           "threads running_turns limits last_errors", errors="not_found"),
 )
 
+PUBLIC = {route.path for route in ROUTES if route.public}
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}  # RFC 9110, 9.3; RFC 5789
 
 FEATURES = ["chunked transfer coding", "NDJSON events", "multi-turn sessions", "resume", "retry by turn_id", "stop"]
@@ -245,6 +257,10 @@ class Refused(Exception):
     def __init__(self, code: str, detail: str, allow: str = "") -> None:
         super().__init__(code, detail)
         self.code, self.detail, self.allow = code, detail, allow
+
+    @property
+    def status(self) -> int:
+        return ERRORS[self.code]
 
 
 class TurnError(Exception):
@@ -286,6 +302,10 @@ class Settings:
     resume_window: float = 30
     heartbeat: float = 10
     debug: bool = False
+    token: str = ""  # none: who may come in is told by Host alone
+    allow_host: Collection[str] = ()  # beside the loopback names and addresses
+    allow_origin: Collection[str] = ()  # beside the server's own
+    max_connections: int = 1000  # each has a thread, which takes some 50 KB while it waits
     log: str = "full"
 
 
@@ -701,6 +721,8 @@ class Sessions:
 
     def _add(self, session_id: str | None, model: str) -> Session:
         self._check_open()
+        if len(self.sessions) >= LIMITS["sessions"]:
+            raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one that you do not need.")
         session = Session(session_id or str(uuid.uuid4()), model)
         self.sessions[session.session_id] = session
         self.counters.sessions_created += 1
@@ -1090,23 +1112,233 @@ class Request(NamedTuple):
 
     params: dict[str, str]  # from the path
     query: str
-    headers: Any  # a mapping with case-insensitive names
+    headers: dict[str, str]  # names in lower case
     client: str  # IP address
-    base: str  # http://HOST:PORT, as the client calls this server
+    curl: str  # how a curl line begins that reaches this server as the client did, up to the path
     fields: dict[str, Any]  # of the JSON body; empty where the route takes none
+
+
+class Target(NamedTuple):
+    """What a request asks for."""
+
+    host: str | None  # None where the field Host tells it
+    path: str  # "*" for the server as a whole
+    query: str
+
+
+class Head(NamedTuple):
+    """The head of a request, which has passed the checks that need nothing else."""
+
+    size: int  # bytes
+    method: str
+    path: str
+    query: str
+    version: str  # HTTP/1.0 or HTTP/1.1
+    headers: dict[str, str]  # names in lower case; the values of a repeated name are joined by a comma
+    host: str  # with its port; empty where an HTTP/1.0 client names none
+    codings: list[str]  # of Transfer-Encoding, in lower case
+    length: int  # of the body, in bytes
+
+    @property
+    def has_body(self) -> bool:
+        return bool(self.codings or self.length)
+
+    @property
+    def closes(self) -> bool:
+        """Whether the client wants, or expects, the connection to be closed after the answer (RFC 9112, 9.6)."""
+        return self.version == "HTTP/1.0" or "close" in elements(self.headers.get("connection", ""))
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for 100 Continue (RFC 9110, 10.1.1)."""
+        expects = "100-continue" in elements(self.headers.get("expect", ""))
+        return expects and self.length > 0 and self.version != "HTTP/1.0"
+
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f]")  # all but the tab; within a line, which ends with CRLF, so is CR or LF
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^ ]+) HTTP/([0-9])\.([0-9])")
+FIELD = re.compile(rf"({TOKEN}):[ \t]*(.*?)[ \t]*")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?")
+TARGET = re.compile(r"(?:https?://([^/?]*))?(/[^?]*)?(?:\?(.*))?", re.IGNORECASE)
+
+
+def elements(value: str) -> list[str]:
+    """The elements of a field that is a list (RFC 9110, section 5.6.1), in lower case."""
+    return [element for each in value.lower().split(",") if (element := each.strip(" \t"))]
+
+
+def parse_head(received: bytes | bytearray) -> Head | None:
+    """The head at the beginning of what was received (RFC 9112), or None where more of it must come.
+
+    Raises Refused as soon as the bytes, in their order, can't become a good head: however they are cut, the answer is
+    the same. Up to two empty lines before the head are skipped (section 2.2).
+    """
+    begin = next(at for at in (4, 2, 0) if received.startswith(b"\r\n" * (at // 2)))
+    data, end, _ = received[begin : begin + LIMITS["head"]].partition(b"\r\n\r\n")
+    lines = data.decode("latin-1").split("\r\n")
+    rest = "" if end else lines.pop().removesuffix("\r")
+    if not lines:
+        _check_start(rest)
+        return None
+    start = parse_request_line(lines[0])
+    fields = [parse_field(line) for line in lines[1 : LIMITS["fields"] + 2]]
+    if len(fields) > LIMITS["fields"]:
+        raise Refused("headers_too_large", f"The head must have at most {LIMITS['fields']} fields.")
+    if end:
+        return _make_head(begin + len(data) + len(end), *start, fields)
+    _check_characters(rest)
+    if len(data) == LIMITS["head"]:
+        raise Refused("headers_too_large", f"The head must have at most {LIMITS['head'] >> 10} KiB.")
+    return None
+
+
+def _check_characters(line: str) -> None:
+    if CONTROL.search(line):
+        raise Refused("bad_request", "A head has no control characters, and CR and LF only together, to end a line.")
+
+
+def _check_start(line: str) -> None:
+    """What is wrong with a request line, or its beginning, however it goes on."""
+    longest = LIMITS["request_line"] - len("\r\n")
+    _check_characters(line[:longest])
+    if len(line) > longest:
+        raise Refused("uri_too_long", f"The request line must have at most {LIMITS['request_line'] >> 10} KiB.")
+
+
+def parse_request_line(line: str) -> tuple[str, str, Target]:
+    """Method, version and target (RFC 9112, section 3)."""
+    _check_start(line)
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Refused("bad_request", f"A request begins with METHOD TARGET HTTP/1.1, not with {line[:80]!r}.")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise Refused("version_not_supported", "This server speaks HTTP/1.1.")
+    # Any later 1.x is served as 1.1: RFC 9110, section 2.5.
+    return method, "HTTP/1.0" if minor == "0" else "HTTP/1.1", parse_target(method, target)
+
+
+def parse_target(method: str, target: str) -> Target:
+    """RFC 9112, section 3.2."""
+    if (method, target) == ("OPTIONS", "*") or (method == "CONNECT" and HOST.fullmatch(target)):
+        return Target(None, "*", "")
+    match = TARGET.fullmatch(target)
+    if not match or match[1] == match[2] or not re.fullmatch('[!"$-~]+', target):
+        raise Refused("bad_request", f"A target is /PATH or http://HOST/PATH, in ASCII, which {target[:80]!r} is not.")
+    if match[1] is not None and not HOST.fullmatch(match[1]):
+        raise Refused("bad_request", "The host in the target is no name or address.")
+    return Target(match[1], match[2] or "/", match[3] or "")
+
+
+def parse_field(line: str) -> tuple[str, str]:
+    """Name, in lower case, and value (RFC 9112, section 5)."""
+    _check_characters(line)
+    if not (match := FIELD.fullmatch(line)):
+        raise Refused("bad_request", f"A field is NAME: VALUE on one line, which {line[:80]!r} is not.")
+    return match[1].lower(), match[2]
+
+
+def _make_head(size: int, method: str, version: str, target: Target, fields: list[tuple[str, str]]) -> Head:
+    headers: dict[str, str] = {}
+    for name, value in fields:
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    host = check_host_field(version, headers.get("host"))
+    codings, length = check_framing(version, headers)
+    return Head(size, method, target.path, target.query, version, headers, target.host or host, codings, length)
+
+
+def check_host_field(version: str, host: str | None) -> str:
+    """RFC 9112, section 3.2: one Host, which can be read. Empty where an HTTP/1.0 client sends none."""
+    if host is None and version == "HTTP/1.0":
+        return ""
+    if not HOST.fullmatch(host or ""):  # two of them are joined by a comma and a space
+        raise Refused("bad_request", "Send one Host field, with a name or an address and perhaps a port.")
+    return host or ""
+
+
+def check_framing(version: str, headers: dict[str, str]) -> tuple[list[str], int]:
+    """Transfer codings and length of the body (RFC 9112, section 6). What could be read in two ways is refused."""
+    codings, length = elements(headers.get("transfer-encoding", "")), headers.get("content-length", "0")
+    if "transfer-encoding" in headers and (version == "HTTP/1.0" or "content-length" in headers
+                                           or codings.count("chunked") != 1 or codings[-1] != "chunked"):
+        raise Refused("bad_request", "Send the body with one Content-Length and without Transfer-Encoding.")
+    if not re.fullmatch("[0-9]+", length):
+        raise Refused("bad_request", "Send one Content-Length, a number in digits.")
+    return codings, int(length.lstrip("0")[:18] or "0")  # more digits would be far too many, too
+
+
+def check_length(head: Head) -> None:
+    """Whether the body is one that this server reads. Raises Refused."""
+    if len(head.codings) > 1:
+        raise Refused("not_implemented", f"This server knows no {head.codings[0][:80]}. Send the body as it is.")
+    if head.codings:
+        raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
+    if head.length > LIMITS["body"]:
+        raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
+
+
+def host_name(host: str) -> str:
+    """A Host without its port, in lower case; an IPv6 address without its brackets."""
+    match = HOST.fullmatch(host)
+    return match[1].lower().strip("[]") if match else ""
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name or address can only mean this machine."""
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return name.lower() == "localhost"
+
+
+def check_host(head: Head, settings: Settings) -> None:
+    """A page may bind its own name to this machine's address, and would then share an origin with this server; but it
+    can't know a token. An HTTP/1.0 client without Host is no browser. Raises Refused."""
+    name = host_name(head.host)
+    if settings.token or not head.host or is_loopback(name) or name in map(host_name, settings.allow_host):
+        return
+    raise Refused("forbidden_host", f"This server does not answer to {name}. If it is meant to, start it with "
+                                    f"--allow-host {name}.")
+
+
+def check_origin(head: Head, settings: Settings) -> dict[str, str]:
+    """The fields that let an allowed page of another origin read the answer (the Fetch standard, section 3.3).
+
+    Raises Refused where any other page asks: browsers send Origin with all but a plain GET.
+    """
+    origin = head.headers.get("origin")
+    own = f"http://{head.host.removesuffix(':80')}", f"https://{head.host.removesuffix(':443')}"
+    if origin is None or origin.lower() in map(str.lower, own):
+        return {}
+    if origin.lower() not in map(str.lower, settings.allow_origin):
+        raise Refused("forbidden_origin", "A page of another origin asks. If it may, start the server with "
+                                          "--allow-origin and its origin.")
+    return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After", "Vary": "Origin"}
+
+
+def check_token(head: Head, settings: Settings) -> None:
+    """RFC 6750, section 2.1. Raises Refused."""
+    if not settings.token or head.path in PUBLIC or head.method == "OPTIONS":
+        return
+    scheme, _, token = head.headers.get("authorization", "").partition(" ")
+    known = compare_digest(token.strip(" ").encode(), settings.token.encode())  # in constant time
+    if scheme.lower() != "bearer" or not known:
+        raise Refused("unauthorized", "Send the header Authorization: Bearer TOKEN, with this server's token.")
 
 
 Paths = dict[re.Pattern, dict[str, Route]]  # path: {method: route}
 
 
 def make_paths(routes: Iterable[Route]) -> Paths:
-    """In the order of the routes: /sessions/new stands before /sessions/{session_id}."""
+    """In the order of the routes: /sessions/new stands before /sessions/{session_id}. "*" has every method."""
     paths: Paths = {}
     for route in routes:
         methods = paths.setdefault(re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(route.path))), {})
         methods[route.method] = route
         if route.method == "GET":
             methods["HEAD"] = route
+    paths[re.compile(r"\*")] = {method: route for methods in paths.values() for method, route in methods.items()}
     return paths
 
 
@@ -1124,19 +1356,19 @@ def find_route(paths: Paths, method: str, path: str) -> tuple[Route | None, dict
     return routes.get(method), {name: unquote(value) for name, value in match.groupdict().items()}, allow
 
 
-def check_media_type(value: str | None, base: str) -> None:
+def check_media_type(value: str, curl: str) -> None:
     """curl -d says application/x-www-form-urlencoded unless told otherwise, and many clients say nothing."""
-    media_type = (value or "").partition(";")[0].strip().lower()
+    media_type = value.partition(";")[0].strip(" \t").lower()
     if media_type not in ("", "application/json", "application/x-www-form-urlencoded"):
-        raise Refused("unsupported_media_type", "Send JSON: curl -N -H 'Content-Type: application/json' "
-                      f"-d '{{\"message\":\"Hello\"}}' {base}/chat/stream")
+        raise Refused("unsupported_media_type", f"Send JSON: {curl}/chat/stream -N "
+                      "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
 
 
-def check_body(route: Route, media_type: str | None, body: bytes, base: str) -> dict[str, Any]:
+def check_body(route: Route, media_type: str, body: bytes, curl: str) -> dict[str, Any]:
     """The fields of a request's body. Where all of them are optional, so is the body."""
     if route.body is None:
         return {}
-    check_media_type(media_type, base)
+    check_media_type(media_type, curl)
     if not body and not route.needs_body:
         return {}
     return check_json(body)
@@ -1367,7 +1599,7 @@ def reply_json(body: dict[str, Any]) -> Reply:
 
 def problem(refused: Refused) -> Reply:
     """RFC 9457, problem details."""
-    status = ERRORS[refused.code]
+    status = refused.status
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": refused.detail,
             "code": refused.code}
     headers = {"Content-Type": "application/problem+json"}
@@ -1375,13 +1607,15 @@ def problem(refused: Refused) -> Reply:
         headers["Allow"] = refused.allow
     if refused.code == "overloaded":
         headers["Retry-After"] = str(LIMITS["grace"])
+    if refused.code == "unauthorized":
+        headers["WWW-Authenticate"] = "Bearer"
     return Reply(status, headers, json.dumps(body).encode() + b"\n")
 
 
 def reply_cached(request: Request, media_type: str, body: bytes) -> Reply:
     """RFC 9110, section 13.1.2: 304 for who has these bytes already."""
     etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     if etag in known or "*" in known:
         return Reply(304, {"ETag": etag})
     return Reply(200, {"Content-Type": media_type, "ETag": etag, "Cache-Control": "no-cache"}, body)
@@ -1404,7 +1638,7 @@ class Endpoints:
             return Stream(self.sessions.begin(message, session_id, turn_id, request.client))
         except Refused as refused:
             if refused.code == "session_busy":
-                refused.detail += f" This stops it: curl -X POST {request.base}/sessions/{session_id}/stop"
+                refused.detail += f" This stops it: {request.curl}/sessions/{session_id}/stop -X POST"
             raise
 
     def new_session(self, request: Request) -> Reply:
@@ -1474,8 +1708,10 @@ class Endpoints:
     docs = demo
 
     def debug(self, request: Request) -> Reply:
-        return reply_json({"threads": [thread.name for thread in threading.enumerate()],
-                           "running_turns": self.sessions.counters.streams(), "limits": LIMITS,
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        threads = [f"{names.get(ident, 'connection')}: {frame.f_code.co_qualname}, line {frame.f_lineno}"
+                   for ident, frame in sys._current_frames().items()]
+        return reply_json({"threads": threads, "running_turns": self.sessions.counters.streams(), "limits": LIMITS,
                            "last_errors": list(self.console.errors)})
 
 
@@ -1491,9 +1727,12 @@ def describe(routes: list[Route]) -> dict[str, Any]:
         "openapi": "3.2.0",
         "info": {"title": "Streamable HTTP chat", "version": VERSION},
         "paths": paths,
-        "components": {"schemas": {**schemas, "event": event, "problem": _object(
-            "type title status detail code", type=TEXT, title=TEXT, status=COUNT, detail=TEXT,
-            code={"enum": [*ERRORS]})}},
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {**schemas, "event": event, "problem": _object(
+                "type title status detail code", type=TEXT, title=TEXT, status=COUNT, detail=TEXT,
+                code={"enum": [*ERRORS]})},
+        },
     }
 
 
@@ -1501,6 +1740,8 @@ def _operation(route: Route) -> dict[str, Any]:
     inputs = [(name, "path") for name in re.findall(r"\{(\w+)\}", route.path)]
     inputs += [(name, "query") for name in route.query.split()]
     operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary}
+    if not route.public:
+        operation["security"] = [{"token": []}, {}]  # {}: a server without a token asks for none
     operation["parameters"] = [
         {"name": name, "in": place, "required": place == "path", "schema": FIELDS[name]} for name, place in inputs
     ]
@@ -1522,7 +1763,10 @@ def _content(route: Route) -> dict[str, Any]:
 
 
 def _refusals(route: Route) -> dict[str, Any]:
-    codes = [*route.errors.split(), "bad_request", "payload_too_large", "internal_error"]
+    codes = [*route.errors.split(), "bad_request", "forbidden_host", "forbidden_origin", "request_timeout",
+             "payload_too_large", "uri_too_long", "headers_too_large", "internal_error", "overloaded"]
+    if not route.public:
+        codes.append("unauthorized")
     if route.body is not None:
         codes += ["invalid_json", "invalid_field", "length_required", "unsupported_media_type"]
     answers: dict[str, Any] = {}
@@ -1544,51 +1788,77 @@ def _object(fields: str, **schemas: Any) -> dict[str, Any]:
 
 # ---- handler and server: read, check, route, write. The only room that touches a socket; it knows no histories. -----
 
-SEND_TIMEOUT = struct.pack("L", 1000) if os.name == "nt" else struct.pack("ll", 1, 0)  # one second
-PARSER_ERRORS = {400: "bad_request", 414: "uri_too_long", 431: "headers_too_large", 505: "version_not_supported"}
 STREAM_HEADERS = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class Handler(BaseHTTPRequestHandler):
+def socket_timeout(seconds: float) -> bytes:
+    """A value for SO_RCVTIMEO and SO_SNDTIMEO. They are the kernel's: settimeout() would add a poll() to each call."""
+    microseconds = max(int(seconds * 1e6), 1000)  # 0 would be for ever
+    if os.name == "nt":
+        return struct.pack("L", microseconds // 1000)
+    return struct.pack("ll", *divmod(microseconds, 1_000_000))
+
+
+def response_head(status: int, headers: dict[str, str], closing: bool) -> bytes:
+    """Status line and fields (RFC 9112, section 4)."""
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {formatdate(usegmt=True)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines += ["X-Content-Type-Options: nosniff", f"Connection: {'close' if closing else 'keep-alive'}", "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def encode_reply(reply: Reply, closing: bool, head_only: bool = False) -> bytes:
+    length = {} if reply.status in (204, 304) else {"Content-Length": str(len(reply.body))}
+    head = response_head(reply.status, {**reply.headers, **length}, closing)
+    return head if head_only else head + reply.body
+
+
+class Handler(BaseRequestHandler):
     """One connection: requests in order, each answered by a reply, a stream or a problem."""
 
     server: Server
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+    request: socket.socket
 
     def setup(self) -> None:
-        super().setup()
-        # In the kernel: settimeout() would add a poll() to every send, and bound reads too.
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SEND_TIMEOUT)
+        self.received = bytearray()  # and not read as a request yet
+        self.patience = 0.0  # seconds, as the socket has been told
+        self.head: Head | None = None  # of the request that is being served
+        self.cors: dict[str, str] = {}  # fields of its answer
+        self.unread = self.closing = False
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(1))
 
-    def handle_one_request(self) -> None:
-        self.command, self.request_version = "", self.protocol_version
-        self.close_connection, self.body_read = True, False
+    def handle(self) -> None:
         try:
-            answer = self.respond()
-            if isinstance(answer, Stream):
-                self.write_stream(answer)
-            elif answer:
-                self.write_reply(answer)
+            while not self.closing:
+                self.serve_request()
+            if self.unread:
+                self.linger()
         except OSError as error:  # the peer left, or took nothing for too long
-            self.close_connection = True
             self.server.console.log("client_left", client=self.client_address[0], reason=type(error).__name__)
 
+    def serve_request(self) -> None:
+        """Read one request and answer it."""
+        self.head, self.cors, self.unread = None, {}, False
+        answer = self.respond()
+        # What follows an unread body, or a head that can't be read, is no request.
+        self.closing = self.unread or self.head is None or self.head.closes
+        if isinstance(answer, Stream):
+            self.write_stream(answer)
+        elif answer:
+            head_only = self.head is not None and self.head.method == "HEAD"
+            self.send(encode_reply(answer._replace(headers=answer.headers | self.cors), self.closing, head_only))
+
     def respond(self) -> Reply | Stream | None:
-        """Read one request and serve it; None where there is none."""
+        """The answer to the next request; None where there is none."""
         try:
-            if not self.read_head():
-                return None
-            path, _, query = self.path.partition("?")
-            route, params, allow = find_route(self.server.endpoints.paths, self.command, path)
-            body = self.read_body()
-            if route is None:
-                return Reply(204, {"Allow": allow})
-            base = self.base()
-            fields = check_body(route, self.headers.get("Content-Type"), body, base)
-            request = Request(params, query, self.headers, self.client_address[0], base, fields)
-            return getattr(self.server.endpoints, route.name)(request)
+            self.head = head = self.read_head()
+            return head and self.respond_to(head)
         except Refused as refused:
+            self.unread = self.unread or self.head is None
+            asked = f"{self.head.method} {self.head.path}" if self.head else self.received.decode("latin-1")
+            self.server.console.log("refused", client=self.client_address[0], status=refused.status, code=refused.code,
+                                    request=asked[:100])
             return problem(refused)
         except OSError:
             raise
@@ -1596,71 +1866,92 @@ class Handler(BaseHTTPRequestHandler):
             self.server.console.crash(error)
             return problem(Refused("internal_error", STREAM_ERRORS["internal_error"][1]))
 
-    def read_head(self) -> bool:
-        """Request line and headers (RFC 9112, sections 3 and 5); False at the end of the connection. Raises Refused."""
-        self.raw_requestline = self.rfile.readline(LIMITS["request_line"] + 1)
-        if len(self.raw_requestline) > LIMITS["request_line"]:
-            raise Refused("uri_too_long", "The request line is too long.")
-        if not self.raw_requestline or not self.parse_request():
-            return False
-        if self.request_version == "HTTP/0.9":
-            raise Refused("bad_request", "The request line has no HTTP version.")
-        if self.request_version == "HTTP/1.0":
-            self.close_connection = True
-        self.body_read = "Transfer-Encoding" not in self.headers and self.headers.get("Content-Length", "0") == "0"
-        return True
+    def respond_to(self, head: Head) -> Reply | Stream:
+        settings, endpoints = self.server.settings, self.server.endpoints
+        self.unread = head.has_body
+        check_host(head, settings)
+        self.cors = check_origin(head, settings)
+        check_token(head, settings)
+        route, params, allow = find_route(endpoints.paths, head.method, head.path)
+        body = self.read_body(head)
+        if route is None:
+            return self.options(allow)
+        curl = self.curl(head)
+        fields = check_body(route, head.headers.get("content-type", ""), body, curl)
+        request = Request(params, head.query, head.headers, self.client_address[0], curl, fields)
+        return getattr(endpoints, route.name)(request)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server's parser calls; its own answer would be HTML."""
-        raise Refused(PARSER_ERRORS.get(code, "bad_request"), f"{message or 'This is not HTTP/1.1'}.")
+    def options(self, allow: str) -> Reply:
+        """Also the answer to a preflight, where a page of another origin is allowed."""
+        preflight = {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600",
+                     "Access-Control-Allow-Headers": "Authorization, Content-Type"}
+        return Reply(204, {"Allow": allow, **(preflight if self.cors else {})})
 
-    def handle_expect_100(self) -> bool:
-        return True  # 100 Continue waits until the head has passed its checks: see read_body
+    def read_head(self) -> Head | None:
+        """The next head; None where the connection ends, or stays idle for too long. Raises Refused."""
+        begun = 0.0
+        while not (head := parse_head(self.received)):
+            if not begun and self.received.strip(b"\r\n"):
+                begun = time.monotonic()
+            wait = begun + LIMITS["head_time"] - time.monotonic() if begun else LIMITS["idle"]
+            try:
+                more = self.receive(wait)
+            except TimeoutError:
+                if begun:
+                    raise Refused("request_timeout", f"The head did not come within {LIMITS['head_time']} s.") from None
+                return None
+            if not more:
+                if begun:
+                    raise Refused("bad_request", "The connection ended within the head.")
+                return None
+        del self.received[: head.size]
+        return head
 
-    def read_body(self) -> bytes:
-        """The whole body (RFC 9112, section 6). Raises Refused, and OSError where it is cut short."""
-        if "Transfer-Encoding" in self.headers:
-            raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
-        length = self.headers.get("Content-Length", "0")
-        if not re.fullmatch("[0-9]{1,18}", length):
-            raise Refused("bad_request", "Content-Length must be a number.")
-        if int(length) > LIMITS["body"]:
-            raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
-        if self.headers.get("Expect", "").lower() == "100-continue" and int(length):
+    def read_body(self, head: Head) -> bytes:
+        """The whole body (RFC 9112, section 6). Raises Refused."""
+        check_length(head)
+        if head.expects_continue:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise ConnectionResetError("the body was cut short")
-        self.body_read = True
+        end = time.monotonic() + LIMITS["body_time"]
+        while len(self.received) < head.length:
+            try:
+                more = self.receive(end - time.monotonic())
+            except TimeoutError:
+                raise Refused("request_timeout", f"The body did not come within {LIMITS['body_time']} s.") from None
+            if not more:
+                raise Refused("bad_request", f"The connection ended after {len(self.received)} bytes of the body.")
+        body = bytes(self.received[: head.length])
+        del self.received[: head.length]
+        self.unread = False
         return body
 
-    def base(self) -> str:
-        """For the curl lines in details; a Host that is no plain name is not repeated."""
-        host = self.headers.get("Host", "")
-        return f"http://{host}" if re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host) else self.server.url
+    def receive(self, seconds: float) -> bool:
+        """Wait for more bytes; False at the end of the connection. Raises TimeoutError."""
+        if seconds <= 0:
+            raise TimeoutError
+        if seconds != self.patience:
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
+            self.patience = seconds
+        try:
+            data = self.request.recv(65536)
+        except BlockingIOError:  # what the time-out looks like; Windows says TimeoutError
+            raise TimeoutError from None
+        self.received += data
+        return bool(data)
 
-    def response_head(self, status: int, headers: dict[str, str]) -> bytes:
-        """Status line and headers; settles whether the connection is closed after this answer."""
-        if not self.body_read:
-            self.close_connection = True  # what follows on this connection would be the body
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {self.date_time_string()}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        connection = "close" if self.close_connection else "keep-alive"
-        lines += ["X-Content-Type-Options: nosniff", f"Connection: {connection}", "", ""]
-        return "\r\n".join(lines).encode("latin-1")
-
-    def write_reply(self, reply: Reply) -> None:
-        length = {} if reply.status in (204, 304) else {"Content-Length": str(len(reply.body))}
-        head = self.response_head(reply.status, {**reply.headers, **length})
-        self.send(head if self.command == "HEAD" else head + reply.body)
-        if not self.body_read:
-            self.linger()
+    def curl(self, head: Head) -> str:
+        """How a curl line for this client begins. A Host that is no plain name is not repeated."""
+        plain = re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", head.host)
+        token = '-H "Authorization: Bearer $STREAMCHAT_TOKEN" ' if self.server.settings.token else ""
+        return f"curl {token}{f'http://{head.host}' if plain else self.server.url}"
 
     def write_stream(self, stream: Stream) -> None:
         """Send a turn's lines as they may be read, each line a transfer chunk, all that are ready at once."""
-        chunked = self.request_version != "HTTP/1.0"
-        head = self.response_head(200, STREAM_HEADERS | ({"Transfer-Encoding": "chunked"} if chunked else {}))
-        if self.command == "HEAD":
+        assert self.head
+        chunked = self.head.version != "HTTP/1.0"
+        coding = {"Transfer-Encoding": "chunked"} if chunked else {}
+        head = response_head(200, STREAM_HEADERS | coding | self.cors, self.closing)
+        if self.head.method == "HEAD":
             self.send(head)
             return
         follow = stream.turn.follow(stream.after, self.server.settings.heartbeat)
@@ -1677,20 +1968,19 @@ class Handler(BaseHTTPRequestHandler):
         rest, progress = memoryview(data), time.monotonic()
         while rest:
             try:
-                rest = rest[self.connection.send(rest) :]
+                rest = rest[self.request.send(rest) :]
                 progress = time.monotonic()
-            except (BlockingIOError, TimeoutError):  # SEND_TIMEOUT is over, which Windows tells by the second
+            except (BlockingIOError, TimeoutError):  # a second is over
                 if time.monotonic() - progress >= LIMITS["send"]:
                     raise TimeoutError("the peer takes nothing") from None
 
     def linger(self) -> None:
         """Read on for a moment: a close with unread bytes resets the connection, and the answer is lost on its way."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(LIMITS["linger"])
+        self.request.shutdown(socket.SHUT_WR)
         end = time.monotonic() + LIMITS["linger"]
         with suppress(TimeoutError):
-            while self.connection.recv(65536) and time.monotonic() < end:
-                pass
+            while self.receive(end - time.monotonic()):
+                self.received.clear()
 
 
 class Server(ThreadingHTTPServer):
@@ -1704,6 +1994,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, settings: Settings) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.settings, self.closed = settings, threading.Event()
+        self.connections: set[socket.socket] = set()
+        self.turned_away: deque[tuple[float, socket.socket]] = deque()  # when, and what is to be closed
         super().__init__((host, port), Handler)
         self.console = Console(settings.log)
         self.sessions = Sessions(settings, self.console, load_model)
@@ -1716,6 +2008,47 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # http.server's own asks the resolver for this machine's name
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no file descriptor is left: to try again at once would take all of the processor
+            time.sleep(0.05)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own, without waiting until it runs, as Thread.start() does."""
+        if len(self.connections) >= self.settings.max_connections:
+            self.turn_away(request)
+            return
+        self.connections.add(request)
+        try:
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        except RuntimeError:  # the system has no thread left
+            self.connections.discard(request)
+            self.turn_away(request)
+
+    def turn_away(self, request: socket.socket) -> None:
+        """Answer 503, and close a moment later: with unread bytes a close would take the answer back."""
+        refused = Refused("overloaded", "The server has as many connections as it can serve. Try again in a moment.")
+        request.setblocking(False)
+        with suppress(OSError):
+            request.send(encode_reply(problem(refused), closing=True))
+            request.shutdown(socket.SHUT_WR)
+        self.turned_away.append((time.monotonic(), request))
+
+    def service_actions(self) -> None:
+        """Close whom turn_away() has answered, soon, and sooner where they are many."""
+        while self.turned_away and (len(self.turned_away) > 100
+                                    or time.monotonic() - self.turned_away[0][0] >= LIMITS["linger"]):
+            request = self.turned_away.popleft()[1]
+            with suppress(OSError):
+                request.recv(65536)
+            request.close()
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         threading.Thread(target=self.sessions.sweep_until, args=(self.closed,), name="sweep", daemon=True).start()
@@ -1755,6 +2088,16 @@ def between(kind: type, low: float, high: float, open_low: bool = False) -> Call
     return parse
 
 
+def shaped(pattern: str, shape: str) -> Callable[[str], str]:
+    """A type for argparse: a text that matches the pattern."""
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.IGNORECASE):
+            raise argparse.ArgumentTypeError(f"it must be {shape}")  # and is not repeated: it may be a secret
+        return text
+
+    return parse
+
+
 def parse_arguments() -> argparse.Namespace:
     """Host, port, and what Settings has. A bad flag ends the program with status 2."""
     parser = argparse.ArgumentParser(
@@ -1773,8 +2116,17 @@ def parse_arguments() -> argparse.Namespace:
     option("--heartbeat", metavar="S", type=between(float, 0, 15, open_low=True), default=defaults.heartbeat,
            help="seconds of silence after which a reader gets a ping")
     option("--debug", action="store_true", help="serve /debug")
+    option("--token", metavar="T", type=shaped(r"[!-~]+", "printable ASCII without spaces"), default=argparse.SUPPRESS,
+           help="let in who sends it as a bearer token only (default: STREAMCHAT_TOKEN)")
+    option("--allow-host", metavar="H", type=shaped(HOST.pattern, "a host name or address"), action="append",
+           default=argparse.SUPPRESS, help="answer to this host name, too; may be repeated")
+    option("--allow-origin", metavar="O", type=shaped(r"null|[a-z][a-z0-9+.-]*://[!-.0-~]+", "SCHEME://HOST[:PORT]"),
+           action="append", default=argparse.SUPPRESS, help="let pages of this origin in, too; may be repeated")
+    option("--max-connections", metavar="N", type=between(int, 1, math.inf), default=defaults.max_connections,
+           help="connections at the most; each has a thread")
     option("--log", choices=["full", "brief", "off"], default=defaults.log, help="brief logs no texts")
-    return parser.parse_args()
+    token = os.environ.get("STREAMCHAT_TOKEN")  # no default of argparse's, since --help shows those
+    return parser.parse_args([*([f"--token={token}"] if token else []), *sys.argv[1:]])
 
 
 def main() -> int:
@@ -1783,8 +2135,10 @@ def main() -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where no emoji can be written
     arguments = vars(parse_arguments())
     host, port = arguments.pop("host"), arguments.pop("port")
-    if trouble := model_problem(arguments["model"]):
+    if trouble := model_problem(arguments["model"]) or access_problem(host, arguments.get("token")):
         return fail(trouble)
+    allow_files(2 * arguments["max_connections"])
+    sys.setswitchinterval(0.05)  # seconds; with many streams, shorter turns of the interpreter are mostly changes
     try:
         server = make_server(host, port, Settings(**arguments))
     except (OSError, UnicodeError) as error:
@@ -1793,6 +2147,25 @@ def main() -> int:
     say_goodbye(server)
     server.console.close()
     os._exit(0)  # the interpreter's own exit aborts where the console is stuck, and complains of a closed pipe
+
+
+def access_problem(host: str, token: str | None) -> str | None:
+    """Why this server must not listen at that address, as a sentence, or None."""
+    if token or is_loopback(host):
+        return None
+    return (f"{host or 'every address'} can be reached from other machines: set --token or STREAMCHAT_TOKEN, or use "
+            "--host 127.0.0.1.")
+
+
+def allow_files(count: int) -> None:
+    """Ask for so many file descriptors: a connection has one, and one to the model. Many systems give 1,024 or less."""
+    with suppress(ImportError, ValueError, OSError):
+        from resource import RLIMIT_NOFILE, getrlimit, setrlimit  # not on Windows, which has no such limit
+
+        soft, hard = getrlimit(RLIMIT_NOFILE)
+        wanted = count + 100
+        if 0 <= soft < wanted:
+            setrlimit(RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 def fail(trouble: str) -> int:

@@ -113,7 +113,7 @@ LIMITS = {
     "head_time": 10,  # seconds from its first byte to its last, however it drips: it is one packet or a few
     "body_time": 30,  # seconds from the end of the head: 2 MiB at 70 KB/s
     "idle": 60,  # seconds between two requests; nginx keeps 75, browsers open a new connection unseen
-    "sessions": 10_000,  # kept until they are deleted; a day's worth for a small team, some 100 MB at 10 KB each
+    "sessions": 10_000,  # kept in memory until they are deleted: a thousand people with ten each
     "chunk": 4096,  # code points: at most 12 bytes each (two \uXXXX), so a line stays under 64 KiB
     "error_message": 1000,  # characters: a sentence for a person, not a page of somebody's HTML
     "model_silence": 120,  # seconds without a piece: longer than a model thinks, shorter than a person waits
@@ -305,7 +305,7 @@ class Settings:
     token: str = ""  # none: who may come in is told by Host alone
     allow_host: Collection[str] = ()  # beside the loopback names and addresses
     allow_origin: Collection[str] = ()  # beside the server's own
-    max_connections: int = 1000  # each has a thread, which takes some 50 KB while it waits
+    max_connections: int = 1000  # each has a thread, which takes some 30 KB while it waits
     log: str = "full"
 
 
@@ -1107,17 +1107,6 @@ def gemini_error(model_id: str, error: Exception) -> TurnError:
 # ---- request checks: pure functions that raise Refused. They know no sockets and no sessions. ------------------------
 
 
-class Request(NamedTuple):
-    """A request whose head and body have been read and whose route is known."""
-
-    params: dict[str, str]  # from the path
-    query: str
-    headers: dict[str, str]  # names in lower case
-    client: str  # IP address
-    curl: str  # how a curl line begins that reaches this server as the client did, up to the path
-    fields: dict[str, Any]  # of the JSON body; empty where the route takes none
-
-
 class Target(NamedTuple):
     """What a request asks for."""
 
@@ -1155,10 +1144,21 @@ class Head(NamedTuple):
         return expects and self.length > 0 and self.version != "HTTP/1.0"
 
 
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+class Request(NamedTuple):
+    """A request whose head and body have been read and whose route is known."""
+
+    params: dict[str, str]  # from the path
+    query: str
+    headers: dict[str, str]  # names in lower case
+    client: str  # IP address
+    curl: str  # how a curl line begins that reaches this server as the client did, up to the path
+    fields: dict[str, Any]  # of the JSON body; empty where the route takes none
+
+
+NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # of a method or a field: a `token` of RFC 9110, section 5.6.2
 CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f]")  # all but the tab; within a line, which ends with CRLF, so is CR or LF
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([^ ]+) HTTP/([0-9])\.([0-9])")
-FIELD = re.compile(rf"({TOKEN}):[ \t]*(.*?)[ \t]*")
+REQUEST_LINE = re.compile(rf"({NAME}) ([^ ]+) HTTP/([0-9])\.([0-9])")
+FIELD = re.compile(rf"({NAME}):(.*)")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?")
 TARGET = re.compile(r"(?:https?://([^/?]*))?(/[^?]*)?(?:\?(.*))?", re.IGNORECASE)
 
@@ -1174,7 +1174,7 @@ def parse_head(received: bytes | bytearray) -> Head | None:
     Raises Refused as soon as the bytes, in their order, can't become a good head: however they are cut, the answer is
     the same. Up to two empty lines before the head are skipped (section 2.2).
     """
-    begin = next(at for at in (4, 2, 0) if received.startswith(b"\r\n" * (at // 2)))
+    begin = 2 * (received.startswith(b"\r\n") + received.startswith(b"\r\n\r\n"))
     data, end, _ = received[begin : begin + LIMITS["head"]].partition(b"\r\n\r\n")
     lines = data.decode("latin-1").split("\r\n")
     rest = "" if end else lines.pop().removesuffix("\r")
@@ -1236,7 +1236,7 @@ def parse_field(line: str) -> tuple[str, str]:
     _check_characters(line)
     if not (match := FIELD.fullmatch(line)):
         raise Refused("bad_request", f"A field is NAME: VALUE on one line, which {line[:80]!r} is not.")
-    return match[1].lower(), match[2]
+    return match[1].lower(), match[2].strip(" \t")
 
 
 def _make_head(size: int, method: str, version: str, target: Target, fields: list[tuple[str, str]]) -> Head:
@@ -1825,11 +1825,11 @@ class Handler(BaseRequestHandler):
         self.head: Head | None = None  # of the request that is being served
         self.cors: dict[str, str] = {}  # fields of its answer
         self.unread = self.closing = False
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(1))
 
     def handle(self) -> None:
         try:
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(1))
             while not self.closing:
                 self.serve_request()
             if self.unread:

@@ -302,7 +302,7 @@ class Settings:
     resume_window: float = 30
     heartbeat: float = 10
     debug: bool = False
-    token: str = ""  # none: who may come in is told by Host alone
+    token: str | None = None  # None: any client on this machine may come in
     allow_host: Collection[str] = ()  # beside the loopback names and addresses
     allow_origin: Collection[str] = ()  # beside the server's own
     max_connections: int = 1000  # each has a thread, which takes some 30 KB while it waits
@@ -1159,7 +1159,8 @@ NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # of a method or a field: a `token` of RF
 CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f]")  # all but the tab; within a line, which ends with CRLF, so is CR or LF
 REQUEST_LINE = re.compile(rf"({NAME}) ([^ ]+) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(rf"({NAME}):(.*)")
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?")
+HOST = re.compile(r"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?")
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # https: behind a proxy
 TARGET = re.compile(r"(?:https?://([^/?]*))?(/[^?]*)?(?:\?(.*))?", re.IGNORECASE)
 
 
@@ -1308,8 +1309,9 @@ def check_origin(head: Head, settings: Settings) -> dict[str, str]:
     Raises Refused where any other page asks: browsers send Origin with all but a plain GET.
     """
     origin = head.headers.get("origin")
-    own = f"http://{head.host.removesuffix(':80')}", f"https://{head.host.removesuffix(':443')}"
-    if origin is None or origin.lower() in map(str.lower, own):
+    scheme, _, host = (origin or "").lower().partition("://")
+    is_own = scheme in DEFAULT_PORTS and head.host.lower() in (host, host + DEFAULT_PORTS[scheme])
+    if origin is None or is_own:
         return {}
     if origin.lower() not in map(str.lower, settings.allow_origin):
         raise Refused("forbidden_origin", "A page of another origin asks. If it may, start the server with "
@@ -1504,7 +1506,7 @@ class Console:
         while item := self.queue.get():
             stream, text = item
             with suppress(OSError):  # nobody reads it any more
-                print(text, file=stream, flush=True)
+                print(f"{text}\n", end="", file=stream, flush=True)  # in one write, if others write there too
 
     def close(self) -> None:
         """Return when all is written, or after a second."""
@@ -2116,17 +2118,17 @@ def parse_arguments() -> argparse.Namespace:
     option("--heartbeat", metavar="S", type=between(float, 0, 15, open_low=True), default=defaults.heartbeat,
            help="seconds of silence after which a reader gets a ping")
     option("--debug", action="store_true", help="serve /debug")
-    option("--token", metavar="T", type=shaped(r"[!-~]+", "printable ASCII without spaces"), default=argparse.SUPPRESS,
-           help="let in who sends it as a bearer token only (default: STREAMCHAT_TOKEN)")
+    option("--token", metavar="T", type=shaped(r"[!-~]+", "printable ASCII without spaces"),
+           default=os.environ.get("STREAMCHAT_TOKEN") or None,  # in no characters (.0), since --help is no place for it
+           help="let in only who sends it as a bearer token (default: STREAMCHAT_TOKEN)%(default).0s")
     option("--allow-host", metavar="H", type=shaped(HOST.pattern, "a host name or address"), action="append",
            default=argparse.SUPPRESS, help="answer to this host name, too; may be repeated")
-    option("--allow-origin", metavar="O", type=shaped(r"null|[a-z][a-z0-9+.-]*://[!-.0-~]+", "SCHEME://HOST[:PORT]"),
+    option("--allow-origin", metavar="O", type=shaped(f"null|[a-z][a-z0-9+.-]*://{HOST.pattern}", "SCHEME://HOST[:PORT]"),
            action="append", default=argparse.SUPPRESS, help="let pages of this origin in, too; may be repeated")
     option("--max-connections", metavar="N", type=between(int, 1, math.inf), default=defaults.max_connections,
            help="connections at the most; each has a thread")
     option("--log", choices=["full", "brief", "off"], default=defaults.log, help="brief logs no texts")
-    token = os.environ.get("STREAMCHAT_TOKEN")  # no default of argparse's, since --help shows those
-    return parser.parse_args([*([f"--token={token}"] if token else []), *sys.argv[1:]])
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -2135,7 +2137,7 @@ def main() -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where no emoji can be written
     arguments = vars(parse_arguments())
     host, port = arguments.pop("host"), arguments.pop("port")
-    if trouble := model_problem(arguments["model"]) or access_problem(host, arguments.get("token")):
+    if trouble := model_problem(arguments["model"]) or access_problem(host, arguments["token"]):
         return fail(trouble)
     allow_files(2 * arguments["max_connections"])
     sys.setswitchinterval(0.05)  # seconds; with many streams, shorter turns of the interpreter are mostly changes

@@ -384,6 +384,7 @@ class Server:
     def __init__(self, host, port, flags=()):
         self.address = (host, port)
         options = dict(zip(flags[::2], flags[1::2], strict=False))
+        self.fields = [f"Authorization: Bearer {options['--token']}"] if "--token" in options else []
         self.pace = {} if OUTSIDE else {"delay": float(options.get("--chunk-delay", 0.1)),
                                         "words": int(options.get("--chunk-words", 4))}
 
@@ -392,7 +393,7 @@ class Server:
 
     def request(self, method, path, body=None, headers=()):
         connection = self.connect()
-        connection.send(http_request(method, path, *headers, body=body))
+        connection.send(http_request(method, path, *self.fields, *headers, body=body))
         return self.response(connection, method)
 
     def response(self, connection, method="GET", close=True):
@@ -410,7 +411,7 @@ class Server:
 
     def open(self, method, path, body=None, **kind):
         connection = self.connect(**kind)
-        connection.send(http_request(method, path, body=body))
+        connection.send(http_request(method, path, *self.fields, body=body))
         return Stream(connection, self.pace)
 
     def chat(self, message, **fields):
@@ -448,8 +449,8 @@ class Server:
 class OwnServer(Server):
     """A server that we started: its process, and what it wrote so far."""
 
-    def __init__(self, port, flags, process, output):
-        super().__init__("127.0.0.1", port, flags)
+    def __init__(self, host, port, flags, process, output):
+        super().__init__(host, port, flags)
         self.process, self.output = process, output
 
     def log(self):
@@ -457,8 +458,8 @@ class OwnServer(Server):
 
 
 def environment(**more):
-    """Ours, without what would choose a model or the look of the log."""
-    chosen = ("GOOGLE_", "GEMINI_", "GENAI_", "NO_COLOR")
+    """Ours, without what would choose a model, a token or the look of the log."""
+    chosen = ("GOOGLE_", "GEMINI_", "GENAI_", "NO_COLOR", "STREAMCHAT_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
     return kept | more
 
@@ -476,10 +477,10 @@ def running(*flags, **more):
         with path.open("wb") as output:
             process = start((*flags, "--port", "0"), output, **more)
         try:
-            serving = re.compile(r"^Serving on http://127\.0\.0\.1:(\d+)\r?\n", re.MULTILINE)
+            serving = re.compile(r"^Serving on http://(.+):(\d+)\r?\n", re.MULTILINE)
             found = wait_until(lambda: serving.search(path.read_text("utf-8", "replace")) or process.poll() is not None)
             assert isinstance(found, re.Match), path.read_text("utf-8", "replace")
-            server = OwnServer(int(found[1]), flags, process, path)
+            server = OwnServer(found[1].strip("[]"), int(found[2]), flags, process, path)
             yield server
             assert "Traceback" not in server.log(), server.log()
         finally:
@@ -583,6 +584,9 @@ WRONG_FLAGS = [
     ("--bogus",), ("--port", "x"), ("--port", "65536"), ("--port", "-1"), ("--log", "loud"),
     ("--chunk-words", "0"), ("--chunk-words", "1.5"), ("--chunk-delay", "-0.1"), ("--chunk-delay", "nan"),
     ("--resume-window", "-1"), ("--resume-window", "x"), ("--heartbeat", "0"), ("--heartbeat", "15.1"),
+    ("--token", ""), ("--token", "a\n"), ("--token", "a\x7f"), ("--token", "caf\u00e9"),
+    ("--allow-origin", "*"), ("--allow-origin", "chat.example.com"), ("--allow-origin", "https://"),
+    ("--allow-origin", "https://chat.example.com/"), ("--allow-origin", "https://chat.example.com:x"),
 ]
 
 
@@ -613,6 +617,33 @@ class TestRunIt:
             port = str(taken.getsockname()[1])
             said = self.refuse("--port", port)
         assert port in said and "\n" not in said
+
+    @pytest.mark.parametrize("host, more", [
+        ("", {}), ("0", {}), ("0.0.0.0", {}), ("::", {}), ("10.0.0.1", {}), ("chat.example.com", {}),
+        ("localhost.evil.example", {}), ("0.0.0.0", {"STREAMCHAT_TOKEN": ""})])
+    def test_a_host_that_others_can_reach_needs_a_token(self, host, more):
+        said = self.refuse("--host", host, "--port", "0", **more)
+        assert "--token" in said and "\n" not in said
+
+    def test_a_bad_token_is_refused_and_not_shown(self):
+        for said in (self.refuse("--token", "s3cret word"), self.refuse(STREAMCHAT_TOKEN="s3cret word")):
+            assert "s3cret" not in said
+
+    @pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
+    def test_a_loopback_host_needs_no_token(self, serve, host):
+        try:
+            socket.create_server((host, 0), family=socket.getaddrinfo(host, 0)[0][0]).close()
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        serve("--host", host).turn("Hi")
+
+    def test_with_a_token_others_may_reach_the_host(self, serve):
+        serve("--token", TOKEN, "--host", "0.0.0.0").turn("Hi")
+        assert ask(serve("--host", "0.0.0.0", STREAMCHAT_TOKEN=TOKEN), "GET", "/stats", BEARER).status == 200
+
+    def test_the_flag_goes_before_the_environment_and_an_empty_variable_is_no_token(self, serve):
+        for flags, token in [(("--token", TOKEN), "another"), ((), "")]:
+            serve(*flags, STREAMCHAT_TOKEN=token).turn("Hi")
 
     @pytest.mark.parametrize("flags, more", [
         (("--model", "gemini-x"), {}), ((), {"GENAI_MODEL_ID": "gemini-x"}),
@@ -1549,9 +1580,343 @@ class TestErrors:
             assert fast.response(connection, close=False).status == status
 
 
+# ---- Who may come in
+
+TOKEN = "s3cret~+/$HOME=="
+BEARER = f"Authorization: Bearer {TOKEN}"
+STRANGER = "evil.example"
+FRIEND = "https://app.example:8443"     # the origin of a page that --allow-origin names
+OPEN_PATHS = ("/", "/health", "/demo", "/docs", "/openapi.json")
+EVERYTHING = [          # path, method; the last four paths are unknown
+    (path.replace("{session_id}", "nobody"), method)
+    for path, known in [*ROUTES, ("/nope", "GET"), ("/debug", "GET"), ("/health/", "GET"), ("/stats/../health", "GET")]
+    for method in (*known.split(), "OPTIONS", "PUT", "TRACE", "BREW")]
+NO_TOKENS = [           # name, field lines
+    ("no field", ()), ("an empty field", ("Authorization:",)), ("the right one twice", (BEARER, BEARER)),
+    ("the right one and another", (BEARER, "Authorization: Bearer x")),
+    *((value, (f"Authorization: {value}",)) for value in (
+        "Bearer", "Bearer x", TOKEN, f"Bearer{TOKEN}", f"Basic {TOKEN}", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x",
+        f"Bearer {TOKEN.upper()}", f"Bearer {TOKEN}, Bearer {TOKEN}", f"Bearer {TOKEN}\u00e9")),
+]
+FIRST_FAULTS = [        # with a token?, Host, field lines; status and code of the first fault of several
+    (False, STRANGER, ["no colon", "Origin: null"], 400, "bad_request"),
+    (False, STRANGER, ["Origin: null"], 403, "forbidden_host"),
+    (False, "localhost", ["Origin: null"], 403, "forbidden_origin"),
+    (True, STRANGER, ["no colon", "Origin: null"], 400, "bad_request"),
+    (True, STRANGER, ["Origin: null"], 403, "forbidden_origin"),
+    (True, STRANGER, [], 401, "unauthorized"),
+]
+LOOPBACK_HOSTS = ["LocalHost", "localhost:65535", "127.0.0.1", "127.9.9.9:1", "127.255.255.255", "[::1]", "[::1]:80"]
+OTHER_HOSTS = [
+    "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil-localhost", "localhost-evil:80",
+    "localhost%2eevil.example", "0.0.0.0", "10.0.0.1:8000", "126.255.255.255", "128.0.0.1", "2130706433", "[::]",
+    "[::2]:80", "[::ffff:10.0.0.1]",
+]
+TARGETS = [             # target, Host, status: the target's host counts
+    ("HTTP://LOCALHOST:1/health", STRANGER, 200), ("https://[::1]/health", STRANGER, 200),
+    ("http://127.0.0.1/health?x=http://evil.example/", STRANGER, 200), ("http://evil.example/health", "localhost", 403),
+    ("http://localhost.evil.example:80/health", "localhost", 403), ("http://evil.example", "localhost", 403),
+]
+OWN_ORIGINS = [         # Host, Origin
+    ("localhost", "http://localhost"), ("localhost", "https://localhost"), ("localhost:80", "http://localhost"),
+    ("127.0.0.1:443", "https://127.0.0.1"), ("127.0.0.1:8000", "http://127.0.0.1:8000"),
+    ("[::1]:8000", "https://[::1]:8000"),
+]
+OTHER_ORIGINS = [       # name, field lines; the Host is localhost:8000
+    *((origin or "an empty one", (f"Origin: {origin}",)) for origin in (
+        "", "null", "http://evil.example", "http://localhost", "http://localhost:80", "http://localhost:8001",
+        "http://localhost:800", "http://localhost:80000", "http://localhost:8000.evil.example", "localhost:8000",
+        "http://evil-localhost:8000", "http://x.localhost:8000", "http://127.0.0.1:8000", "ftp://localhost:8000",
+        "http://localhost:8000/", "http://x@localhost:8000", "http://localhost:8000 http://evil.example", FRIEND)),
+    ("its own twice", ("Origin: http://localhost:8000",) * 2),
+    ("its own and another", ("Origin: http://localhost:8000", "Origin: http://evil.example")),
+]
+READABLE = [            # status; method, path and field lines; body
+    (200, ("GET", "/stats", BEARER), None), (200, ("POST", "/chat/stream", BEARER), {"message": "Hi"}),
+    (200, ("HEAD", "/health"), None), (400, ("POST", "/chat/stream", BEARER), b"{"), (401, ("GET", "/stats"), None),
+    (401, ("POST", "/chat/stream"), {"message": "Hi"}), (404, ("GET", "/nope", BEARER), None),
+    (405, ("PUT", "/health"), None), (411, ("POST", "/chat/stream", BEARER, "Transfer-Encoding: chunked"), None),
+    (413, ("POST", "/chat/stream", BEARER, "Content-Length: 9999999"), None), (501, ("BREW", "/health"), None),
+    (304, ("GET", "/openapi.json", "If-None-Match: *"), None), (204, ("OPTIONS", "/chat/stream"), None),
+]
+HOSTILE_PAGE = b"""<!DOCTYPE html><iframe name="frame"></iframe>
+<form method="POST" enctype="text/plain" target="frame"><input name='{"message":"Hi","x":"' value='"}'></form>"""
+ATTACKS = """
+const [url] = args, body = '{"message":"Hi"}', chat = url + "/chat/stream";
+const load = (object, start) => new Promise(resolve => {
+  object.onload = () => resolve("loaded");
+  object.onerror = () => resolve("refused");
+  start(object);
+});
+const post = options => fetch(chat, {method: "POST", body, ...options}).then(answer => answer.type, () => "refused");
+const form = document.forms[0];
+form.action = chat;
+return [
+  await post({headers: {"Content-Type": "application/json"}}),
+  await post({}),
+  await load(new XMLHttpRequest(), xhr => { xhr.open("POST", chat); xhr.send(body); }),
+  await load(new Image(), image => { image.src = url + "/sessions"; }),
+  await load(document.createElement("script"), made => { made.src = url + "/stats"; document.head.append(made); }),
+  await post({mode: "no-cors"}),
+  await post({mode: "no-cors", headers: {"Content-Type": "application/x-www-form-urlencoded"}}),
+  await post({mode: "no-cors", body: new Blob([body])}),
+  navigator.sendBeacon(chat, body),
+  await load(document.querySelector("iframe"), () => form.submit()),
+];
+"""
+FETCH = """
+const [url, headers] = args;
+const answer = await fetch(url + "/chat/stream", {method: "POST", headers, body: '{"message":"Hi"}'});
+return [answer.status, await answer.text()];
+"""
+
+
+def ask(server, method, path, *fields, host="localhost", body=None):
+    """One request as anybody may send it: without the server's token, and with any Host."""
+    connection = server.connect()
+    connection.send(http_request(method, path, *fields, body=body).replace(b"localhost", host.encode(), 1))
+    return server.response(connection, method)
+
+
+def check_refusal(response, method, status, code):
+    if method == "HEAD":
+        assert response.status == status
+    else:
+        check_problem(response, status, code)
+
+
+def readers_of(headers):
+    """The origin whose pages may read an answer, if any."""
+    names = [name for name in headers if name.startswith("access-control-")]
+    if not names:
+        return None
+    assert "origin" in headers["vary"].lower() and headers["access-control-expose-headers"].lower() == "retry-after"
+    return headers["access-control-allow-origin"]
+
+
+class TestWhoMayComeIn:
+    """A bearer token (RFC 6750), or loopback names only (RFC 9110, section 7.2); and no foreign pages (RFC 6454)."""
+
+    @pytest.fixture
+    def guarded(self, own):
+        return own("--token", TOKEN, "--chunk-delay", "0.02", "--allow-origin", FRIEND)
+
+    @pytest.fixture
+    def friendly(self, own):
+        return own("--allow-host", "chat.example.com", "--allow-host", "Other.Example", "--allow-origin", FRIEND,
+                   "--allow-origin", "null")
+
+    @cases(NO_TOKENS)
+    def test_without_the_token_everything_but_the_open_paths_is_401(self, guarded, case):
+        connection = guarded.connect()
+        for path, method in EVERYTHING:
+            if path not in OPEN_PATHS and method != "OPTIONS":
+                connection.send(http_request(method, path, *case[1]))
+                response = guarded.response(connection, method, close=False)
+                check_refusal(response, method, 401, "unauthorized")
+                assert response.headers["www-authenticate"] == "Bearer"
+        connection.close()
+
+    def test_with_the_token_and_on_the_open_paths_all_is_as_without_one(self, guarded, fast):
+        for path, method in EVERYTHING:
+            status = fast.request(method, path).status
+            tokens = [(BEARER,), (f"authorization: bEARER {TOKEN}",)]
+            for fields in [*tokens, ()] if path in OPEN_PATHS or method == "OPTIONS" else tokens:
+                assert ask(guarded, method, path, *fields).status == status, (method, path, fields)
+        assert ask(guarded, "GET", "/health?x", host=STRANGER).status == 200, "with a token any Host is served"
+        guarded.turn("Hi")
+
+    def test_the_first_check_that_fails_answers_on_every_path_and_method(self, guarded, fast):
+        """Head, Host, Origin, token; all before route, method and body."""
+        for (path, method), (token, host, fields, status, code) in itertools.product(EVERYTHING, FIRST_FAULTS):
+            if code != "unauthorized" or (path not in OPEN_PATHS and method != "OPTIONS"):
+                fields = (*fields, "Transfer-Encoding: chunked", "Content-Type: text/plain")
+                response = ask(guarded if token else fast, method, path, *fields, host=host)
+                check_refusal(response, method, status, code)
+
+    def test_a_refusal_before_the_body_was_read_closes_the_connection(self, guarded):
+        for fields, status in [((), 401), (("Origin: null",), 403), ((BEARER, "Origin: null"), 403)]:
+            connection = guarded.connect()
+            connection.send(chat_request({"message": "Hi"}, *fields) + http_request("GET", "/health"))
+            response = guarded.response(connection, close=False)
+            assert (response.status, response.headers["connection"], connection.at_end()) == (status, "close", True)
+            connection.close()
+
+    @pytest.mark.parametrize("flags", [(), ("--token", TOKEN)], ids=["no token", "token"])
+    def test_the_curl_lines_in_details_work_as_they_stand(self, own, flags):
+        needs("curl")
+        server, session = own("--chunk-delay", "0.02", *flags), new_id()
+        stream, printed = server.chat(LONG, session_id=session).read(3), []
+        for more, status in [("Content-Type: text/plain", 415), ("Content-Type: application/json", 409)]:
+            refused = ask(server, "POST", "/chat/stream", more, *server.fields, host="{}:{}".format(*server.address),
+                          body={"message": "Hi", "session_id": session})
+            detail = check_problem(refused, status, refused.json["code"])["detail"]
+            assert TOKEN not in detail
+            command = ["env", f"STREAMCHAT_TOKEN={TOKEN}", "sh", "-c", detail[detail.index("curl"):]]
+            printed.append(run(command, ".").encode())
+        check_turn(printed[0].splitlines(keepends=True), **server.pace)
+        assert json.loads(printed[1])["stopped"] and stream.check().end["finish_reason"] == "cancelled"
+
+    def test_the_token_is_never_shown(self, serve):
+        shown = subprocess.run([sys.executable, str(SERVER), "--help"], env=environment(STREAMCHAT_TOKEN=TOKEN),
+                               capture_output=True, check=True, encoding="utf-8").stdout
+        assert {"--token", "--allow-host", "--allow-origin"} <= set(re.findall(r"--[a-z-]+", shown))
+        server = serve("--token", TOKEN, "--debug")
+        server.turn("Hi")
+        check_problem(ask(server, "GET", "/stats", f"Authorization: Basic {TOKEN}"), 401, "unauthorized")
+        paths = ("/", "/health", "/stats", "/debug", "/openapi.json")
+        everything = [shown, *(server.request("GET", path).body.decode() for path in paths)]
+        server.process.terminate()
+        server.process.wait(PATIENCE)
+        for text in (*everything, server.log()):
+            assert TOKEN not in text
+
+    @NOT_OURS
+    def test_the_readmes_lines_make_a_token_and_use_it(self):
+        needs("curl")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+        script = replaced(block("sh", "# token.sh"), ("8000", port), ("0.0.0.0", f"0.0.0.0 --port {port}"),
+                          ("python3", sys.executable), ("&\nsleep 1\n", ">&2 & trap 'kill $!' EXIT\n"),
+                          ("curl", "curl -sS --retry 30 --retry-delay 1 --retry-connrefused"))
+        printed = run(["sh", "-ec", script], SERVER.parent).encode()
+        check_turn(printed.splitlines(keepends=True), message="Hello", delay=0.1, words=4)
+
+    @pytest.mark.parametrize("host", LOOPBACK_HOSTS)
+    def test_a_loopback_host_is_served(self, fast, host):
+        assert ask(fast, "GET", "/health", host=host).status == 200
+
+    @pytest.mark.parametrize("host", OTHER_HOSTS)
+    def test_any_other_host_is_refused(self, fast, host):
+        for method, path in [("GET", "/health"), ("POST", "/chat/stream"), ("OPTIONS", "/stats"), ("OPTIONS", "*")]:
+            check_problem(ask(fast, method, path, host=host), 403, "forbidden_host")
+        check_problem(ask(fast, "GET", "/health", f"Origin: http://{host}", host=host), 403, "forbidden_host")
+
+    @cases(TARGETS)
+    def test_the_host_of_the_target_goes_before_the_field(self, fast, case):
+        target, host, status = case
+        response = ask(fast, "GET", target, host=host)
+        assert response.status == status and (status == 200 or response.json["code"] == "forbidden_host")
+
+    def test_http_1_0_may_come_without_a_host_but_with_no_other(self, fast):
+        for field, status, code in [("", 200, None), ("Host: evil.example\r\n", 403, "forbidden_host"),
+                                    ("Origin: http://localhost\r\n", 403, "forbidden_origin")]:
+            connection = fast.connect()
+            connection.send(f"GET /health HTTP/1.0\r\n{field}\r\n".encode())
+            response = fast.response(connection)
+            assert (response.status, response.json.get("code")) == (status, code)
+
+    @pytest.mark.parametrize("host, status", [
+        ("chat.example.com", 200), ("CHAT.Example.com:8443", 200), ("other.example", 200), ("localhost", 200),
+        ("x.chat.example.com", 403), ("chat.example.com.evil.example", 403), ("example.com", 403)])
+    def test_a_flag_allows_more_hosts(self, friendly, host, status):
+        assert ask(friendly, "GET", "/stats", host=host).status == status
+        assert ask(friendly, "GET", "/stats", f"Origin: https://{host.lower()}", host=host.lower()).status == status
+
+    @pytest.mark.parametrize("host, origin", OWN_ORIGINS)
+    def test_the_servers_own_origin_is_served(self, fast, host, origin):
+        for method, path in [("GET", "/health"), ("POST", "/sessions/new"), ("OPTIONS", "/chat/stream")]:
+            response = ask(fast, method, path, f"Origin: {origin}", host=host)
+            assert response.status in (200, 204) and readers_of(response.headers) is None
+
+    @cases(OTHER_ORIGINS)
+    def test_any_other_origin_is_refused(self, fast, case):
+        before = fast.stats()
+        for method, path in [("GET", "/health"), ("HEAD", "/"), ("POST", "/chat/stream"), ("OPTIONS", "/chat/stream")]:
+            body = {"message": "Hi"} if method == "POST" else None
+            response = ask(fast, method, path, *case[1], host="localhost:8000", body=body)
+            check_refusal(response, method, 403, "forbidden_origin")
+            assert readers_of(response.headers) is None
+        assert fast.stats()["total_requests"] == before["total_requests"]
+
+    @pytest.mark.parametrize("status, line, body", READABLE, ids=[f"{row[0]} {row[1][0]}" for row in READABLE])
+    def test_an_allowed_origin_may_read_every_answer(self, guarded, status, line, body):
+        method, path, *fields = line
+        response = ask(guarded, method, path, *fields, f"Origin: {FRIEND}", body=body)
+        assert (response.status, readers_of(response.headers)) == (status, FRIEND)
+        assert readers_of(ask(guarded, method, path, *fields, body=body).headers) is None
+
+    @pytest.mark.parametrize("origin, status", [
+        (FRIEND, 200), ("null", 200), ("https://app.example", 403), ("http://app.example:8443", 403),
+        (FRIEND + ".evil.example", 403), ("https://x.app.example:8443", 403)])
+    def test_a_flag_allows_more_origins(self, friendly, origin, status):
+        response = ask(friendly, "GET", "/stats", f"Origin: {origin}")
+        assert (response.status, readers_of(response.headers)) == (status, origin if status == 200 else None)
+
+    def test_a_preflight_tells_what_a_page_may_send(self, guarded):
+        """Fetch Standard, section 3.2: without the token, the browser asks what a page may send beyond a form."""
+        response = ask(guarded, "OPTIONS", "/sessions/nobody", f"Origin: {FRIEND}",
+                       "Access-Control-Request-Method: DELETE", "Access-Control-Request-Headers: authorization")
+        assert (response.status, readers_of(response.headers)) == (204, FRIEND)
+        methods, fields, age = (response.headers["access-control-" + name]
+                                for name in ("allow-methods", "allow-headers", "max-age"))
+        assert {"GET", "DELETE"} <= set(methods.split(", "))
+        assert set(fields.lower().split(", ")) == {"authorization", "content-type"} and int(age) > 0
+
+    def test_a_page_of_another_origin_reaches_nothing(self, serve, browser):
+        server = serve()
+        with Cutter(None, pages={"/": ("text/html", HOSTILE_PAGE), "/favicon.ico": ("image/png", b"")}) as page:
+            browser.open(page.url)
+            seen = browser.run(ATTACKS, url_of(server))
+        assert seen == ["refused"] * 5 + ["opaque"] * 3 + [True, "loaded"], "an opaque answer tells the page nothing"
+        assert wait_until(lambda: server.log().count("forbidden_origin") == 8), server.log()
+        stats = server.stats()
+        assert (stats["total_requests"], stats["total_sessions_created"]) == (0, 0)
+
+    def test_a_name_that_was_rebound_to_this_machine_reaches_nothing(self, instant, browser):
+        url = f"http://rebind.example:{instant.address[1]}"
+        browser.open(url + "/health")
+        assert '"code": "forbidden_host"' in browser.run("return document.body.innerText;")
+        status, text = browser.run(FETCH, url, {"Content-Type": "application/json"})
+        assert (status, json.loads(text)["code"]) == (403, "forbidden_host")
+
+    @pytest.mark.parametrize("flags", [(), ("--token", TOKEN)], ids=["no token", "token"])
+    def test_a_page_of_an_allowed_origin_streams(self, serve, browser, flags):
+        with Cutter(None, pages={"/": ("text/html", b""), "/favicon.ico": ("image/png", b"")}) as page:
+            server = serve("--chunk-delay", "0.02", "--allow-origin", page.url, *flags)
+            browser.open(page.url)
+            headers = {"Content-Type": "application/json"}
+            with_token = headers | dict(field.split(": ") for field in server.fields)
+            status, text = browser.run(FETCH, url_of(server), with_token)
+            check_turn(text.encode().splitlines(keepends=True), message="Hi", **server.pace)
+            assert browser.run(FETCH, url_of(server), headers)[0] == (401 if flags else 200)
+            assert "TypeError" in browser.run(FETCH, url_of(server), with_token | {"X-Other": "x"}), "no preflight"
+
+
 # ---- Configuration
 
-FORGED = "x\nFORGED\rFORGED\x1b[31mFORGED\u2028FORGED\u0085FORGED\x0bFORGED\u202eFORGED\x07\x9b2J"
+INERT = "FORGED\u2028FORGED\u0085FORGED\u202eFORGED\u2066FORGED\u200fFORGED\u061cFORGED\x9b2J"    # may stand in a field
+FORGED = "x\nFORGED\rFORGED\r\nFORGED\x1b[31mFORGED\x0bFORGED\x00FORGED\x07\x7f" + INERT
+HOSTILE = [             # none begins a turn
+    *(http_request(*line) for line in (
+        ("GET", "/" + quote(FORGED)), ("GET", f"/sessions/{quote(FORGED)}"), ("GET", "/stats?" + quote(FORGED)),
+        ("GET", f"/sessions/s/stream?after={quote(FORGED)}"), ("POST", f"/sessions/{quote(FORGED)}/stop"))),
+    *(chat_request({"message": "Hi", "session_id": "s", "turn_id": "t", name: FORGED})
+      for name in ("session_id", "turn_id")),
+    http_request("POST", "/sessions/new", body={"model_id": FORGED}), chat_request(FORGED.encode()),
+    *(http_request(method, target) for text in (FORGED, INERT)
+      for method, target in (("GET", "/" + text), ("GET", "/stats?" + text), (text, "/stats"))),
+    *(http_request("GET", "/stats", f"{name}: {text}") for text in (FORGED, INERT)
+      for name in ("Origin", "Authorization", "User-Agent", "Content-Type", "Connection", "Expect", text)),
+    *(http_request("GET", "/stats").replace(b"localhost", text.encode()) for text in (FORGED, INERT, "evil%0aFORGED")),
+    http_request("GET", "/stats", "Origin: ?").replace(b"?", b"\x9b2J\x85FORGED\xff"),
+]
+
+
+def provoke(server):
+    """Send each hostile request; tells how many were refused."""
+    statuses = []
+    for raw in HOSTILE:
+        connection = server.connect()
+        connection.send(raw)
+        statuses.append(connection.read_head().status)
+        connection.close()
+    return sum(status >= 400 for status in statuses)
+
+
+def raw_characters(text):
+    """The characters of a log that would not stay in their line and place."""
+    return {character for character in text if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp")} - {"\n"}
 
 
 def width(line):
@@ -1626,22 +1991,21 @@ class TestConfiguration:
     def test_the_log_is_plain_where_it_is_no_terminal_and_cannot_be_forged(self, serve):
         server = serve("--log", "full", "--chunk-delay", "0")
         server.turn(FORGED)
-        server.request("GET", "/" + quote(FORGED))
-        connection = server.connect()
-        connection.send(b"GET /\x1b[31m\x0bFORGED HTTP/1.1\r\nHost: x\r\n\r\n")
-        server.response(connection)
+        refusals = provoke(server)
         server.turn("LAST")
         assert wait_until(lambda: "LAST" in server.log())
         log = server.log()
-        assert "FORGED" in log and not any(line.strip().startswith("FORGED") for line in log.splitlines())
-        raw = {character for character in log if unicodedata.category(character) in ("Cc", "Zl", "Zp")}
-        assert raw <= {"\n"} and "\u202e" not in log
+        assert not raw_characters(log) and "\ufffd" not in log
+        lines = [line for line in log.splitlines() if not line.startswith("Serving on ")]
+        assert all(re.match(TIME.pattern + " [a-z_]+ [a-z_]+=", line) for line in lines), lines
+        assert "FORGED" in log and sum(line.split()[1] == "refused" for line in lines) == refusals
 
     @pytest.mark.parametrize("colour", [True, False], ids=["colour", "NO_COLOR"])
     def test_on_a_terminal_the_log_is_boxes_and_chunks(self, colour):
         more = {} if colour else {"NO_COLOR": "1"}
         with terminal("--port", "0", "--chunk-delay", "0.02", **more) as (server, shown):
             server.turn("wide \u91cf\u5b50 \U0001f5a5\ufe0f \U0001f600 " + FORGED, session_id=new_id())
+            provoke(server)
             stream = server.chat(LONG, session_id="s")
             stream.read_until("chunk")
             assert server.stop("s")
@@ -1649,7 +2013,7 @@ class TestConfiguration:
             text = shown()
         assert ("\x1b[" in text) is colour
         plain = re.sub(r"\x1b\[\d*m", "", text).replace("\r\n", "\n")
-        assert not {character for character in plain if unicodedata.category(character) in ("Cc", "Zl", "Zp")} - {"\n"}
+        assert not raw_characters(plain)
         boxes = [line for line in plain.splitlines() if line[:1] in tuple("╔║╚┌│└")]
         assert {line[-1] for line in boxes} <= set("╗║╣╝┐│┘") and len(boxes) > 20
         assert {width(line) for line in boxes} == {64}, boxes
@@ -2196,7 +2560,8 @@ class Cutter:
 
     def _serve(self, client):
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with client, contextlib.suppress(OSError), client.makefile("rb") as file:
+        # ValueError: a browser's spare connection, which asks nothing
+        with client, contextlib.suppress(OSError, ValueError), client.makefile("rb") as file:
             method, path, _ = file.readline().decode().split(" ")
             fields = http.client.parse_headers(file)
             body = file.read(int(fields.get("Content-Length", 0)))
@@ -2508,7 +2873,8 @@ class Browser:
     """Chromium, driven by WebDriver over plain HTTP."""
 
     FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update")
+             "--disable-background-networking", "--disable-component-update",
+             "--host-resolver-rules=MAP rebind.example 127.0.0.1")
 
     def __enter__(self):
         driver = needs("chromedriver")
@@ -2727,6 +3093,18 @@ class TestProxy:
         with nginx(server) as address, contextlib.closing(Connection(address)) as connection:
             connection.send(http_request("GET", "/sessions/nobody"))
             check_problem(server.response(connection, close=False), 404, "session_not_found")
+
+    def test_its_name_is_allowed_by_the_flag_and_https_in_front_is_the_same_origin(self, own):
+        flag = ("--allow-host", "chat.example.com")
+        assert " ".join(flag) in README.read_text("utf-8")
+        server = own("--chunk-delay", "0.05", "--log", "off", *flag)
+        with nginx(server) as address:
+            proxy = Server(*address)
+            for host, origin, status in [(flag[1], f"https://{flag[1]}", 200), (flag[1], "https://evil.example", 403),
+                                         ("evil.example", "https://evil.example", 403)]:
+                answer = ask(proxy, "POST", "/chat/stream", f"Origin: {origin}", host=host, body={"message": "Hi"})
+                assert answer.status == status
+                assert status == 403 or check_turn(answer.body.splitlines(keepends=True), message="Hi", **server.pace)
 
     def test_a_server_that_died_looks_cut(self, serve):
         server = serve("--log", "off")

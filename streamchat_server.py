@@ -90,7 +90,7 @@ from hmac import compare_digest
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from importlib.util import find_spec
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from itertools import chain
 from pathlib import Path
 from queue import Full, Queue
@@ -1159,7 +1159,7 @@ NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # of a method or a field: a `token` of RF
 CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f]")  # all but the tab; within a line, which ends with CRLF, so is CR or LF
 REQUEST_LINE = re.compile(rf"({NAME}) ([^ ]+) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(rf"({NAME}):(.*)")
-HOST = re.compile(r"(\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?")
+HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+))(?::[0-9]{0,5})?")
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # https: behind a proxy
 TARGET = re.compile(r"(?:https?://([^/?]*))?(/[^?]*)?(?:\?(.*))?", re.IGNORECASE)
 
@@ -1167,6 +1167,20 @@ TARGET = re.compile(r"(?:https?://([^/?]*))?(/[^?]*)?(?:\?(.*))?", re.IGNORECASE
 def elements(value: str) -> list[str]:
     """The elements of a field that is a list (RFC 9110, section 5.6.1), in lower case."""
     return [element for each in value.lower().split(",") if (element := each.strip(" \t"))]
+
+
+def host_name(host: str) -> str:
+    """A Host (RFC 3986, section 3.2.2) without its port, in lower case; an IPv6 address without its brackets. Empty
+    where it can't be read."""
+    match = HOST.fullmatch(host)
+    if not match:
+        return ""
+    if not match[1]:
+        return match[2].lower()
+    try:
+        return str(IPv6Address(match[1]))
+    except ValueError:
+        return ""
 
 
 def parse_head(received: bytes | bytearray) -> Head | None:
@@ -1222,12 +1236,12 @@ def parse_request_line(line: str) -> tuple[str, str, Target]:
 
 def parse_target(method: str, target: str) -> Target:
     """RFC 9112, section 3.2."""
-    if (method, target) == ("OPTIONS", "*") or (method == "CONNECT" and HOST.fullmatch(target)):
+    if (method, target) == ("OPTIONS", "*") or (method == "CONNECT" and host_name(target)):
         return Target(None, "*", "")
     match = TARGET.fullmatch(target)
     if not match or match[1] == match[2] or not re.fullmatch('[!"$-~]+', target):
         raise Refused("bad_request", f"A target is /PATH or http://HOST/PATH, in ASCII, which {target[:80]!r} is not.")
-    if match[1] is not None and not HOST.fullmatch(match[1]):
+    if match[1] is not None and not host_name(match[1]):
         raise Refused("bad_request", "The host in the target is no name or address.")
     return Target(match[1], match[2] or "/", match[3] or "")
 
@@ -1253,9 +1267,9 @@ def check_host_field(version: str, host: str | None) -> str:
     """RFC 9112, section 3.2: one Host, which can be read. Empty where an HTTP/1.0 client sends none."""
     if host is None and version == "HTTP/1.0":
         return ""
-    if not HOST.fullmatch(host or ""):  # two of them are joined by a comma and a space
+    if not host or not host_name(host):  # two of them are joined by a comma and a space
         raise Refused("bad_request", "Send one Host field, with a name or an address and perhaps a port.")
-    return host or ""
+    return host
 
 
 def check_framing(version: str, headers: dict[str, str]) -> tuple[list[str], int]:
@@ -1277,12 +1291,6 @@ def check_length(head: Head) -> None:
         raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
     if head.length > LIMITS["body"]:
         raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
-
-
-def host_name(host: str) -> str:
-    """A Host without its port, in lower case; an IPv6 address without its brackets."""
-    match = HOST.fullmatch(host)
-    return match[1].lower().strip("[]") if match else ""
 
 
 def is_loopback(name: str) -> bool:
@@ -1848,7 +1856,7 @@ class Handler(BaseRequestHandler):
         if isinstance(answer, Stream):
             self.write_stream(answer)
         elif answer:
-            head_only = self.head is not None and self.head.method == "HEAD"
+            head_only = self.head.method == "HEAD" if self.head else self.received.lstrip(b"\r\n").startswith(b"HEAD ")
             self.send(encode_reply(answer._replace(headers=answer.headers | self.cors), self.closing, head_only))
 
     def respond(self) -> Reply | Stream | None:

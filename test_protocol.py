@@ -2,11 +2,13 @@
 
     python -m pytest test_protocol.py
     STREAMCHAT_URL=http://host:port python -m pytest test_protocol.py
+    python3 test_protocol.py bench http://host:port
 
 The first line tests `streamchat_server.py` beside this file: it starts servers of its own, on free ports, each with the
 flags that a test needs. The second tests the server at that address, whatever it is written in. It should run with a
 model that repeats the user's message (as the offline model does) and have no other visitors meanwhile, since the
-counters are tested too; what needs a server of our own is then skipped.
+counters are tested too; what needs a server of our own is then skipped. The third line measures a server, and needs no
+pytest.
 
 Read it as the protocol's fine print. The suite trusts no HTTP library and none of the project's other files: it reads
 raw sockets with the strict reader below, `check_turn` holds every rule of a stream, and every test that streams goes
@@ -14,14 +16,18 @@ through both. The rest is one class for each section of the README, whose tests 
 class runs small broken servers, on which the reader or `check_turn` must fail.
 """
 
+import argparse
+import bisect
 import contextlib
 import http.client
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -42,8 +48,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
-
-import pytest
 
 OUTSIDE = os.environ.get("STREAMCHAT_URL")
 SERVER = Path(__file__).with_name("streamchat_server.py")
@@ -340,6 +344,325 @@ def check_problem(response, status, code):
     assert problem["title"] and problem["detail"].strip(), problem
     return problem
 
+
+# ---- The commands. They use nothing of what follows, so that they run where there is no pytest.
+
+BENCH = """\
+Measure a server of this protocol, or compare two, round by round in turn.
+
+Its model should repeat the message, as the offline model does, and it should have no other visitors. A first turn is
+held against the rules of a stream, and shows whether the server's pace is on. Measured are:
+
+  always     requests (GET /health) per second, on kept connections; the time from connecting to the first chunk, turn
+             after turn; memory and threads when idle, after the first turn
+  pace off   chunks per second of one stream, and of many at once
+  pace on    of many streams at once, begun one by one within two seconds: how late chunks come (arrival by the wall
+             clock of this machine, minus their timestamp), the gaps between them, the time to the first chunk, memory
+             and threads a stream
+
+Memory and threads are read from /proc where the server is a process of this machine. Each figure is the median of the
+rounds, and in brackets the least and the greatest; where those of two servers overlap, neither is called better."""
+WORD = "word "
+CHUNK, COMPLETE = b'"chunk_number"', b'"total_chunks"'     # stand in every event of that type, and in no other
+
+
+class Sizes(NamedTuple):
+    rounds: int
+    seconds: float              # for one figure
+    turns: int                  # one after the other, to their first chunk
+    connections: int            # at once: for requests, and with the pace off for streams
+    streams: tuple              # at once, with the pace on
+    spread: float               # seconds in which these begin, one by one
+
+
+QUICK = Sizes(1, 0.2, 5, 5, (5, 10), 0.1)
+PACE_OFF, PACE_ON = Sizes(5, 1, 100, 50, (), 0), Sizes(3, 4, 100, 50, (100, 1000), 2)
+
+
+class Trace:
+    """One of many streams: each read, with its moment. It is decoded when all is over, so as not to be late itself."""
+
+    def __init__(self, request):
+        self.request, self.began, self.reads = request, time.time(), []
+
+    def go_on(self, sock):
+        """Send or read what is possible now; False at the end of the connection."""
+        try:
+            if self.request:
+                self.request = self.request[sock.send(self.request):]
+            else:
+                self.reads.append((sock.recv(1 << 18), time.time()))
+            return bool(self.request or not self.reads or self.reads[-1][0])
+        except OSError:
+            return False
+
+    def data(self):
+        return b"".join(data for data, _ in self.reads)
+
+    def arrivals(self):
+        """Each event of a whole stream, with the moment at which its last byte came."""
+        data, rest = self.data(), b""
+        ends = list(itertools.accumulate(len(read) for read, _ in self.reads))
+        at = data.index(b"\r\n\r\n") + 4
+        while at < len(data):
+            start = data.index(b"\r\n", at) + 2
+            at, size = start + int(data[at:start], 16) + 2, int(data[at:start], 16)
+            *lines, rest = (rest + data[start:start + size]).split(b"\n")
+            for line in filter(None, lines):
+                yield json.loads(line), self.reads[bisect.bisect_left(ends, start + size)][1]
+
+
+class Target:
+    """A server to measure, and its figures: for each name the values of all rounds."""
+
+    def __init__(self, url):
+        parts = urlsplit(url if "//" in url else "//" + url)
+        with contextlib.closing(Connection((parts.hostname, parts.port or 80))) as connection:
+            self.family, self.address = connection.socket.family, connection.socket.getpeername()[:2]
+        local = self.address[0] in ("127.0.0.1", "::1")
+        self.processes = processes_listening_at(self.address[1]) if local else []
+        self.figures, self.rate = {}, 0.0
+        chunks = self.first_turn(50 * WORD, uuid.uuid4().hex)
+        times = [moment(chunk["timestamp"]).timestamp() for chunk in chunks]
+        self.delay = statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+        self.words = statistics.median(len(chunk["text"].split()) for chunk in chunks)
+        self.has_pace = self.delay > 0.005
+        self.idle = self.resources()
+
+    def first_turn(self, message, session):
+        with contextlib.closing(Connection(self.address)) as connection:
+            connection.send(turn_request(message, session))
+            turn = check_turn(connection.lines(connection.read_head()), message=message, session_id=session)
+        self.forget([session])
+        return turn.chunks
+
+    def resources(self):
+        """Memory in KiB, and threads."""
+        text = "".join(Path("/proc", process, "status").read_text() for process in self.processes)
+        return [sum(map(int, re.findall(rf"{name}:\s*(\d+)", text))) for name in ("VmRSS", "Threads")]
+
+    def forget(self, sessions):
+        """Delete the sessions of one figure, so that they don't weigh on the next."""
+        with contextlib.closing(Connection(self.address)) as connection:
+            for session in sessions:
+                connection.send(http_request("DELETE", f"/sessions/{session}"))
+                b"".join(connection.pieces(connection.read_head()))
+
+    def note(self, name, value):
+        self.figures.setdefault(name, []).append(value)
+
+    def note_times(self, name, seconds):
+        for percent in (50, 99):
+            self.note(f"{name}, p{percent}, ms", 1000 * sorted(seconds)[len(seconds) * percent // 100])
+
+    def measure(self, sizes):
+        for count in (1, sizes.connections):
+            rate = self.requests_per_second(count, min(sizes.seconds, 1) / 2)
+            self.note(f"requests per second, {count} at once", rate)
+        self.note_times("first chunk, turn after turn", self.first_chunks(sizes.turns))
+        for count in () if self.has_pace else (1, sizes.connections):
+            self.rate = self.chunks_per_second(count, sizes.seconds)
+            self.note(f"chunks per second, {count} at once", self.rate)
+        for count in sizes.streams if self.has_pace else ():
+            used = self.measure_paced(count, sizes.seconds, sizes.spread)
+        if self.has_pace and self.processes:    # by the most streams: of fewer, the rest of earlier ones is too much
+            for name, before, now in zip(("memory a stream, KiB", "threads a stream"), self.idle, used, strict=True):
+                self.note(f"{name}, {count} at once", (now - before) / count)
+        if self.processes:
+            self.note("memory when idle, MiB", self.idle[0] / 1024)
+            self.note("threads when idle", self.idle[1])
+
+    def requests_per_second(self, count, seconds):
+        request, answers = http_request("GET", "/health"), 0
+        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+            for _ in range(count):
+                connection = stack.enter_context(contextlib.closing(Connection(self.address)))
+                selector.register(connection.socket, selectors.EVENT_READ, [])
+                connection.send(request)
+            began = time.perf_counter()
+            while (took := time.perf_counter() - began) < seconds:
+                for key, _ in selector.select(PATIENCE):
+                    key.data.append(receive(key.fileobj))
+                    if is_whole(b"".join(key.data)):
+                        key.data.clear()
+                        key.fileobj.sendall(request)
+                        answers += 1
+        return answers / took
+
+    def first_chunks(self, count):
+        """Seconds from connecting to the first chunk, of turns one after the other."""
+        sessions, times = [uuid.uuid4().hex for _ in range(count)], []
+        for session in sessions:
+            data, began = b"", time.perf_counter()
+            with contextlib.closing(Connection(self.address)) as connection:
+                connection.send(turn_request(WORD, session))
+                while CHUNK not in data:
+                    data += receive(connection.socket)
+                times.append(time.perf_counter() - began)
+        self.forget(sessions)
+        return times
+
+    def chunks_per_second(self, count, seconds):
+        """Of one stream, as long as messages may be; or of many that take about `seconds` at that rate."""
+        words = min(20_000, int(self.rate * self.words * seconds / count) or 20_000)
+        chunks, took = 0, 0.0
+        while took < seconds / 2:
+            traces = self.streams(count, words * WORD)
+            chunks += sum(trace.data().count(CHUNK) for trace in traces)
+            took += max(trace.reads[-1][1] for trace in traces) - traces[0].began
+        return chunks / took
+
+    def measure_paced(self, count, seconds, spread):
+        message, used = WORD * int(self.words * seconds / self.delay), []
+        midway = (spread + seconds) / 2     # when all have begun, and none is at its end
+        traces = self.streams(count, message, spread, midway, lambda: used.extend(self.resources()))
+        late, gaps, first = [], [], []
+        for trace in traces:
+            chunks = [(event, arrival) for event, arrival in trace.arrivals() if event["type"] == "chunk"]
+            late += [arrival - moment(chunk["timestamp"]).timestamp() for chunk, arrival in chunks]
+            gaps += [later - earlier for (_, earlier), (_, later) in itertools.pairwise(chunks)]
+            first.append(chunks[0][1] - trace.began)
+        self.note_times(f"chunks late, {count} at once", late)
+        self.note_times(f"gap between chunks, {count} at once", gaps)
+        self.note_times(f"first chunk, {count} at once", first)
+        self.note(f"streams that failed, {count} at once", count - len(traces))
+        return used
+
+    def streams(self, count, message, spread=0.0, midway=math.inf, then=None):
+        """Begin streams within `spread` seconds, read them to their ends, return the whole ones; call `then` once."""
+        sessions = [uuid.uuid4().hex for _ in range(count)]
+        waiting = [Trace(turn_request(message, session)) for session in sessions]
+        traces, began, last = [], time.monotonic(), 0.0
+        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+            while (waiting or selector.get_map()) and (passed := time.monotonic() - began) < last + PATIENCE:
+                while waiting and passed >= spread * len(traces) / count:
+                    traces.append(waiting.pop())
+                    selector.register(self.begin(traces[-1], stack), selectors.EVENT_WRITE, traces[-1])
+                if passed > midway:
+                    then()
+                    midway = math.inf
+                for key, _ in selector.select(spread / count or 1):
+                    last = passed
+                    if not key.data.go_on(key.fileobj):
+                        selector.unregister(key.fileobj)
+                    elif key.events == selectors.EVENT_WRITE and not key.data.request:
+                        selector.modify(key.fileobj, selectors.EVENT_READ, key.data)
+        self.forget(sessions)
+        whole = [trace for trace in traces if COMPLETE in trace.data()[-1000:]]
+        assert whole, f"none of {count} streams came to its end"
+        return whole
+
+    def begin(self, trace, stack):
+        sock = stack.enter_context(socket.socket(self.family))
+        sock.setblocking(False)
+        trace.began = time.time()
+        sock.connect_ex(self.address)
+        return sock
+
+
+def turn_request(message, session):
+    body = {"message": message, "session_id": session}
+    return http_request("POST", "/chat/stream", "Content-Type: application/json", "Connection: close", body=body)
+
+
+def receive(sock):
+    if not (data := sock.recv(1 << 18)):
+        raise Cut("the connection was closed")
+    return data
+
+
+def is_whole(answer):
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"\ncontent-length:[ \t]*(\d+)", head, re.IGNORECASE)
+    return length is not None and len(body) == int(length[1])
+
+
+def processes_listening_at(port):
+    """The process ids (Linux; elsewhere none is found)."""
+    sockets = set()
+    for table in Path("/proc/net").glob("tcp*"):
+        for row in map(str.split, table.read_text().splitlines()[1:]):
+            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:   # 0A: TCP_LISTEN
+                sockets.add(f"socket:[{row[9]}]")
+    found = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):      # it is not ours, or closed already
+            if os.readlink(descriptor) in sockets:
+                found.add(descriptor.parts[2])
+    return found
+
+
+def bench(urls, quick):
+    with contextlib.suppress(ImportError, ValueError):
+        import resource  # Windows lacks it, and the limit too
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    targets = []
+    for name, url in zip("AB", urls, strict=False):
+        targets.append(target := Target(url))
+        pace = f"pace on ({target.delay:.3f} s)" if target.has_pace else "pace off"
+        process = ", ".join(target.processes) or "not found, so without memory and threads"
+        print(f"{name}  {url}: a first turn keeps the rules; {pace}; process {process}")
+    assert len({target.has_pace for target in targets}) == 1, "one has its pace on, the other off: nothing to compare"
+    sizes = QUICK if quick else PACE_ON if targets[0].has_pace else PACE_OFF
+    began, busy = time.perf_counter(), time.process_time()
+    for number in range(sizes.rounds):
+        for target in targets[::-1] if number % 2 else targets:
+            target.measure(sizes)
+    print_figures([target.figures for target in targets])
+    took, busy = time.perf_counter() - began, time.process_time() - busy
+    print(f"\n{sizes.rounds} rounds in {took:.0f} s; this client kept a core busy for {busy / took:.0%} of them.")
+
+
+def print_figures(figures):
+    two = len(figures) == 2
+    print(f"\n{'':42}{'A':>28}" + (f"{'B':>28}{'A/B':>8}  better" if two else ""))
+    for name, values in figures[0].items():
+        columns = [values, *(other.get(name, []) for other in figures[1:])]
+        line = f"{name:42}" + "".join(f"{cell(column):>28}" for column in columns)
+        if two and columns[1]:
+            line += compare(name, *columns)
+        print(line)
+
+
+def cell(values):
+    return f"{number(statistics.median(values))} ({number(min(values))}..{number(max(values))})" if values else "-"
+
+
+def number(value):
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def compare(name, a, b):
+    """The ratio, and which is better: the one with more per second, but less time, memory, threads and failures."""
+    ratio = f"{statistics.median(a) / statistics.median(b):8.2f}" if statistics.median(b) else f"{'-':>8}"
+    if (max(a) >= min(b) and max(b) >= min(a)) or ratio.strip() == "1.00":
+        return ratio
+    return ratio + "  " + ("A" if (min(a) > max(b)) is ("per second" in name) else "B")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Tools for who builds a server or a client of streamable HTTP chat.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("bench", help="measure a server, or compare two", description=BENCH,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("url", metavar="URL", help="such as http://127.0.0.1:8000")
+    command.add_argument("other", nargs="?", metavar="URL", help="another server, to compare with")
+    command.add_argument("--quick", action="store_true", help="one short round, to see that it works")
+    arguments = parser.parse_args()
+    try:
+        bench([url for url in (arguments.url, arguments.other) if url], arguments.quick)
+    except (OSError, ValueError, AssertionError, Cut) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+import pytest  # noqa: E402  # only the tests need it, and the commands have ended here
 
 # ---- Servers: one that we know only by its address, or one of our own.
 
@@ -3593,6 +3916,49 @@ class TestProxy:
             server.process.kill()
             with pytest.raises(Cut):
                 list(stream)
+
+
+# ---- Measure a server
+
+WITHOUT_PYTEST = """
+import runpy, sys
+sys.modules["pytest"] = None                # who imports it now fails
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class TestBench:
+    """README, "Measure a server": the command that measures a server, or two in turn."""
+
+    def bench(self, *arguments):
+        command = [sys.executable, "-I", "-c", WITHOUT_PYTEST, __file__, "bench", "--quick", *arguments]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=6 * PATIENCE, check=False)
+
+    def figures(self, *servers):
+        """Name of a measure: its median for each server, as the table has them."""
+        done = self.bench(*map(url_of, servers))
+        assert (done.returncode, done.stderr) == (0, ""), done
+        rows = [(line[:42].strip(), re.findall(r"([\d.,]+) \(", line)) for line in done.stdout.splitlines()]
+        return {name: [float(value.replace(",", "")) for value in values] for name, values in rows if values}
+
+    def test_it_measures_chunks_per_second_with_the_pace_off(self, fast):
+        figures = self.figures(fast, fast)
+        assert {len(values) for values in figures.values()} == {2}
+        assert all(value > 0 for values in figures.values() for value in values), figures
+        assert {"requests per second, 1 at once", "chunks per second, 5 at once"} <= set(figures)
+
+    def test_it_measures_how_late_chunks_are_with_the_pace_on(self, server):
+        figures = self.figures(server)
+        failed = [figures.pop(name) for name in list(figures) if "failed" in name]
+        assert failed == [[0.0], [0.0]]
+        assert {"chunks late, 10 at once, p99, ms", "first chunk, 10 at once, p50, ms"} <= set(figures)
+
+    def test_a_server_that_is_not_there_is_told_in_one_line(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        done = self.bench(f"http://127.0.0.1:{port}")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
 
 
 # ---- Check your own server: the suite is tested too

@@ -1918,23 +1918,23 @@ class Handler(BaseRequestHandler):
 
     def read_head(self) -> Head | None:
         """The next head; None where the connection ends, or stays idle for too long. Raises Refused."""
-        begun = 0.0
+        if not self.wait_for_head():
+            return None
+        end = time.monotonic() + LIMITS["head_time"]
         while not (head := parse_head(self.received)):
-            if not begun and self.received.strip(b"\r\n"):
-                begun = time.monotonic()
-            wait = begun + LIMITS["head_time"] - time.monotonic() if begun else LIMITS["idle"]
-            try:
-                more = self.receive(wait)
-            except TimeoutError:
-                if begun:
-                    raise Refused("request_timeout", f"The head did not come within {LIMITS['head_time']} s.") from None
-                return None
-            if not more:
-                if begun:
-                    raise Refused("bad_request", "The connection ended within the head.")
-                return None
+            self.receive_more("head", end)
         del self.received[: head.size]
         return head
+
+    def wait_for_head(self) -> bool:
+        """Whether its first byte came. Empty lines before it are none, so their time is idle, too."""
+        with suppress(TimeoutError):
+            while not self.received.strip(b"\r\n"):
+                parse_head(self.received)  # raises Refused where they are too many
+                if not self.receive(LIMITS["idle"]):
+                    return False
+            return True
+        return False
 
     def read_body(self, head: Head) -> bytes:
         """The whole body (RFC 9112, section 6). Raises Refused."""
@@ -1943,19 +1943,22 @@ class Handler(BaseRequestHandler):
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         end = time.monotonic() + LIMITS["body_time"]
         while len(self.received) < head.length:
-            try:
-                more = self.receive(end - time.monotonic())
-            except TimeoutError:
-                raise Refused("request_timeout", f"The body did not come within {LIMITS['body_time']} s.") from None
-            if not more:
-                raise Refused("bad_request", f"The connection ended after {len(self.received)} bytes of the body.")
+            self.receive_more("body", end)
         body = bytes(self.received[: head.length])
         del self.received[: head.length]
         self.unread = False
         return body
 
+    def receive_more(self, part: str, end: float) -> None:
+        """Wait for more of the head or the body, until a moment of time.monotonic(). Raises Refused."""
+        try:
+            if not self.receive(end - time.monotonic()):
+                raise Refused("bad_request", f"The connection ended within the {part}.")
+        except TimeoutError:
+            raise Refused("request_timeout", f"The whole {part} must come within {LIMITS[f'{part}_time']} s.") from None
+
     def receive(self, seconds: float) -> bool:
-        """Wait for more bytes; False at the end of the connection. Raises TimeoutError."""
+        """Wait for bytes; False at the end of the connection. Raises TimeoutError."""
         if seconds <= 0:
             raise TimeoutError
         if seconds != self.patience:

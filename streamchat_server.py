@@ -119,6 +119,7 @@ LIMITS = {
     "send": 30,  # seconds in which a reader takes nothing: then it has left
     "linger": 2,  # seconds given to a client to read an answer that was sent before its body was read
     "grace": 5,  # seconds that running turns get at shutdown
+    "retry_after": 5,  # seconds that an overloaded server asks for: a restart takes no longer
     "log_text": 500,  # characters of a text in a log line: enough to find it by
     "console": 10_000,  # log lines waiting for a terminal that does not take them
 }
@@ -190,7 +191,7 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("chat_stream", "POST", "/chat/stream", "Send a message; the answer comes as a stream", STREAM,
-          "message session_id? turn_id?", "session_busy turn_id_reused overloaded"),
+          "message session_id? turn_id?", "session_busy turn_id_reused"),
     Route("new_session", "POST", "/sessions/new", "Create a session", "session_id model timestamp",
           "model_id? session_id?", "session_exists"),
     Route("list_sessions", "GET", "/sessions", "List the sessions, last active first", "active_sessions sessions"),
@@ -228,7 +229,7 @@ COUNT, SECONDS = {"type": "integer", "minimum": 0}, {"type": "number", "minimum"
 TIME = {"type": "string", "format": "date-time"}
 IDENTIFIER = {"type": "string", "pattern": f"^{ID.pattern}$"}
 AVERAGE, OBJECTS = {"type": ["number", "null"]}, {"type": "array", "items": OBJECT}
-FIELDS: dict[str, dict] = {  # field: JSON Schema. A name means the same wherever it stands.
+FIELDS: dict[str, dict] = {  # field: JSON Schema. A name means the same wherever it stands, but in a problem.
     "session_id": IDENTIFIER, "turn_id": IDENTIFIER, "model": TEXT, "timestamp": TIME, "message": TEXT, "text": TEXT,
     "model_id": {"type": "string", "pattern": f"^{MODEL_ID.pattern}$"},
     "created": FLAG, "is_final": FLAG, "retryable": FLAG, "stopped": FLAG, "streaming": FLAG,
@@ -578,7 +579,8 @@ def new_id() -> str:
 class Session:
     """One conversation: an id, a model, a history of whole turns, and at most one running turn.
 
-    `changed` is its lock, and its turns' too: the end of a turn, the history and the end of busy are seen as one.
+    `changed` is its lock, and its turns' too: the end of a turn, the history and the end of busy are seen as one. Only
+    Sessions changes it, and holds the lock.
     """
 
     def __init__(self, session_id: str, model: str) -> None:
@@ -1121,7 +1123,8 @@ def gemini_error(model_id: str, error: Exception) -> TurnError:
     return TurnError("model_cut", f"{model_id}: What came could not be read ({name}).")
 
 
-# ---- request checks: pure functions that raise Refused. They know no sockets and no sessions. ------------------------
+# ---- request checks: pure functions from bytes to a checked request with its route, which raise Refused. They know no
+# ---- sockets and no sessions. ----------------------------------------------------------------------------------------
 
 
 class Target(NamedTuple):
@@ -1173,12 +1176,13 @@ class Request(NamedTuple):
 
 
 NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # of a method or a field: a `token` of RFC 9110, section 5.6.2
-CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f]")  # all but the tab; within a line, which ends with CRLF, so is CR or LF
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab; CR and LF are none of a line, which CRLF ends
 REQUEST_LINE = re.compile(rf"({NAME}) ([^ ]+) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(rf"({NAME}):(.*)")
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+))(?::[0-9]{0,5})?")
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # https: behind a proxy
 TARGET = re.compile(r"(?:https?://([^/?]*))?(/[^?]*)?(?:\?(.*))?", re.IGNORECASE)
+TARGET_CHARACTERS = re.compile('[!"$-~]+')  # what is visible in ASCII, but #
 
 
 def elements(value: str) -> list[str]:
@@ -1203,10 +1207,10 @@ def host_name(host: str) -> str:
 def parse_head(received: bytes | bytearray) -> Head | None:
     """The head at the beginning of what was received (RFC 9112), or None where more of it must come.
 
-    Raises Refused as soon as the bytes, in their order, can't become a good head: however they are cut, the answer is
-    the same. Up to two empty lines before the head are skipped (section 2.2).
+    Raises Refused. A line is judged when it is whole, the beginning of one only for its characters and its length, and
+    in the order of the bytes; so the answer is the same however they are cut.
     """
-    begin = 2 * (received.startswith(b"\r\n") + received.startswith(b"\r\n\r\n"))
+    begin = 2 * (received.startswith(b"\r\n") + received.startswith(b"\r\n\r\n"))  # empty lines: section 2.2
     data, end, _ = received[begin : begin + LIMITS["head"]].partition(b"\r\n\r\n")
     lines = data.decode("latin-1").split("\r\n")
     rest = "" if end else lines.pop().removesuffix("\r")
@@ -1214,7 +1218,7 @@ def parse_head(received: bytes | bytearray) -> Head | None:
         _check_start(rest)
         return None
     start = parse_request_line(lines[0])
-    fields = [parse_field(line) for line in lines[1 : LIMITS["fields"] + 2]]
+    fields = [parse_field(line) for line in lines[1 : 1 + LIMITS["fields"] + 1]]
     if len(fields) > LIMITS["fields"]:
         raise Refused("headers_too_large", f"The head must have at most {LIMITS['fields']} fields.")
     if end:
@@ -1231,7 +1235,7 @@ def _check_characters(line: str) -> None:
 
 
 def _check_start(line: str) -> None:
-    """What is wrong with a request line, or its beginning, however it goes on."""
+    """Refuse a request line, or the beginning of one, for its characters or its length."""
     longest = LIMITS["request_line"] - len("\r\n")
     _check_characters(line[:longest])
     if len(line) > longest:
@@ -1256,8 +1260,9 @@ def parse_target(method: str, target: str) -> Target:
     if (method, target) == ("OPTIONS", "*") or (method == "CONNECT" and host_name(target)):
         return Target(None, "*", "")
     match = TARGET.fullmatch(target)
-    if not match or match[1] == match[2] or not re.fullmatch('[!"$-~]+', target):
-        raise Refused("bad_request", f"A target is /PATH or http://HOST/PATH, in ASCII, which {target[:80]!r} is not.")
+    if not match or not (match[1] or match[2]) or not TARGET_CHARACTERS.fullmatch(target):
+        raise Refused("bad_request", f"A target is /PATH or http://HOST/PATH, in ASCII and without #, which "
+                                     f"{target[:80]!r} is not.")
     if match[1] is not None and not host_name(match[1]):
         raise Refused("bad_request", "The host in the target is no name or address.")
     return Target(match[1], match[2] or "/", match[3] or "")
@@ -1275,12 +1280,12 @@ def _make_head(size: int, method: str, version: str, target: Target, fields: lis
     headers: dict[str, str] = {}
     for name, value in fields:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    host = check_host_field(version, headers.get("host"))
-    codings, length = check_framing(version, headers)
+    host = parse_host(version, headers.get("host"))
+    codings, length = parse_framing(version, headers)
     return Head(size, method, target.path, target.query, version, headers, target.host or host, codings, length)
 
 
-def check_host_field(version: str, host: str | None) -> str:
+def parse_host(version: str, host: str | None) -> str:
     """RFC 9112, section 3.2: one Host, which can be read. Empty where an HTTP/1.0 client sends none."""
     if host is None and version == "HTTP/1.0":
         return ""
@@ -1289,7 +1294,7 @@ def check_host_field(version: str, host: str | None) -> str:
     return host
 
 
-def check_framing(version: str, headers: dict[str, str]) -> tuple[list[str], int]:
+def parse_framing(version: str, headers: dict[str, str]) -> tuple[list[str], int]:
     """Transfer codings and length of the body (RFC 9112, section 6). What could be read in two ways is refused."""
     codings, length = elements(headers.get("transfer-encoding", "")), headers.get("content-length", "0")
     if "transfer-encoding" in headers and (version == "HTTP/1.0" or "content-length" in headers
@@ -1300,14 +1305,16 @@ def check_framing(version: str, headers: dict[str, str]) -> tuple[list[str], int
     return codings, int(length.lstrip("0")[:18] or "0")  # more digits would be far too many, too
 
 
-def check_length(head: Head) -> None:
-    """Whether the body is one that this server reads. Raises Refused."""
+def check_body_head(route: Route | None, head: Head, curl: str) -> None:
+    """What the head tells of a body that this server does not read. Raises Refused."""
     if len(head.codings) > 1:
         raise Refused("not_implemented", f"This server knows no {head.codings[0][:80]}. Send the body as it is.")
     if head.codings:
         raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
     if head.length > LIMITS["body"]:
         raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
+    if route and route.body is not None:
+        check_media_type(head.headers.get("content-type", ""), curl)
 
 
 def is_loopback(name: str) -> bool:
@@ -1319,8 +1326,8 @@ def is_loopback(name: str) -> bool:
 
 
 def check_host(head: Head, settings: Settings) -> None:
-    """A page may bind its own name to this machine's address, and would then share an origin with this server; but it
-    can't know a token. An HTTP/1.0 client without Host is no browser. Raises Refused."""
+    """Without a token, only a loopback Host or an allowed one. (A page may bind its own name to this machine's address,
+    and would then share an origin with this server. An HTTP/1.0 client without Host is no browser.) Raises Refused."""
     name = host_name(head.host)
     if settings.token or not head.host or is_loopback(name) or name in map(host_name, settings.allow_host):
         return
@@ -1328,24 +1335,33 @@ def check_host(head: Head, settings: Settings) -> None:
                                     f"--allow-host {name}.")
 
 
-def check_origin(head: Head, settings: Settings) -> dict[str, str]:
-    """The fields that let an allowed page of another origin read the answer (the Fetch standard, section 3.3).
-
-    Raises Refused where any other page asks: browsers send Origin with all but a plain GET.
-    """
+def foreign_origin(head: Head) -> str | None:
+    """The origin of a page that asks and is not this server's own. Behind a proxy that is an https one."""
     origin = head.headers.get("origin")
     scheme, _, host = (origin or "").lower().partition("://")
     is_own = scheme in DEFAULT_PORTS and head.host.lower() in (host, host + DEFAULT_PORTS[scheme])
-    if origin is None or is_own:
-        return {}
-    if origin.lower() not in map(str.lower, settings.allow_origin):
+    return None if is_own else origin
+
+
+def check_origin(head: Head, settings: Settings) -> None:
+    """Only allowed pages of other origins. (A plain GET comes without Origin; its answer such a page can't read.)
+    Raises Refused."""
+    origin = foreign_origin(head)
+    if origin is not None and origin.lower() not in map(str.lower, settings.allow_origin):
         raise Refused("forbidden_origin", "A page of another origin asks. If it may, start the server with "
                                           "--allow-origin and its origin.")
+
+
+def cors_fields(head: Head) -> dict[str, str]:
+    """What lets an allowed page of another origin read the answer (the Fetch standard, section 3.3)."""
+    origin = foreign_origin(head)
+    if origin is None:
+        return {}
     return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After", "Vary": "Origin"}
 
 
 def check_token(head: Head, settings: Settings) -> None:
-    """RFC 6750, section 2.1. Raises Refused."""
+    """With a token, only who has it, but for OPTIONS and what is PUBLIC (RFC 6750, section 2.1). Raises Refused."""
     if not settings.token or head.path in PUBLIC or head.method == "OPTIONS":
         return
     scheme, _, token = head.headers.get("authorization", "").partition(" ")
@@ -1391,17 +1407,14 @@ def check_media_type(value: str, curl: str) -> None:
                       "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
 
 
-def check_body(route: Route, media_type: str, body: bytes, curl: str) -> dict[str, Any]:
+def parse_body(route: Route, body: bytes) -> dict[str, Any]:
     """The fields of a request's body. Where all of them are optional, so is the body."""
-    if route.body is None:
+    if route.body is None or not (body or route.needs_body):
         return {}
-    check_media_type(media_type, curl)
-    if not body and not route.needs_body:
-        return {}
-    return check_json(body)
+    return parse_json(body)
 
 
-def check_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes) -> dict[str, Any]:
     """The body as a JSON object (RFC 8259). Python's reader takes more than JSON, and more than one can hold."""
     try:
         value = json.loads(body.decode(), parse_constant=_no_number, parse_float=_finite)
@@ -1446,7 +1459,7 @@ def check_message(fields: dict[str, Any]) -> str:
     return message
 
 
-def check_after(query: str) -> int:
+def parse_after(query: str) -> int:
     """The `after` of a query string, 0 where there is none. Raises Refused: invalid_field."""
     values = parse_qs(query, keep_blank_values=True).get("after", ["0"])
     if len(values) > 1 or not AFTER.fullmatch(values[0]):
@@ -1635,7 +1648,7 @@ def problem(refused: Refused) -> Reply:
     if refused.allow:
         headers["Allow"] = refused.allow
     if refused.code == "overloaded":
-        headers["Retry-After"] = str(LIMITS["grace"])
+        headers["Retry-After"] = str(LIMITS["retry_after"])
     if refused.code == "unauthorized":
         headers["WWW-Authenticate"] = "Bearer"
     return Reply(status, headers, json.dumps(body).encode() + b"\n")
@@ -1690,7 +1703,7 @@ class Endpoints:
         return reply_json({"message": "The session is deleted."})
 
     def resume_stream(self, request: Request) -> Stream:
-        after, session = check_after(request.query), self.sessions.get(request.params["session_id"])
+        after, session = parse_after(request.query), self.sessions.get(request.params["session_id"])
         if not (turn := session.latest):
             raise Refused("no_turn", "No log is kept of a turn in this session. GET the session for its history.")
         return Stream(turn, after)
@@ -1793,11 +1806,12 @@ def _content(route: Route) -> dict[str, Any]:
 
 def _refusals(route: Route) -> dict[str, Any]:
     codes = [*route.errors.split(), "bad_request", "forbidden_host", "forbidden_origin", "request_timeout",
-             "payload_too_large", "uri_too_long", "headers_too_large", "internal_error", "overloaded"]
+             "length_required", "payload_too_large", "uri_too_long", "headers_too_large", "internal_error",
+             "not_implemented", "overloaded", "version_not_supported"]
     if not route.public:
         codes.append("unauthorized")
     if route.body is not None:
-        codes += ["invalid_json", "invalid_field", "length_required", "unsupported_media_type"]
+        codes += ["invalid_json", "invalid_field", "unsupported_media_type"]
     answers: dict[str, Any] = {}
     for code in dict.fromkeys(codes):
         answer = answers.setdefault(str(ERRORS[code]), {"description": "", "content": {
@@ -1882,12 +1896,11 @@ class Handler(BaseRequestHandler):
         """The answer to the next request; None where there is none."""
         try:
             self.head = head = self.read_head()
-            return head and self.respond_to(head)
+            return head and self.answer(head)
         except Refused as refused:
             self.unread = self.unread or self.head is None
-            asked = f"{self.head.method} {self.head.path}" if self.head else self.received.decode("latin-1")
             self.server.console.log("refused", client=self.client_address[0], status=refused.status, code=refused.code,
-                                    request=asked[:100])
+                                    request=self.request_line()[:100])
             return problem(refused)
         except OSError:
             raise
@@ -1895,20 +1908,27 @@ class Handler(BaseRequestHandler):
             self.server.console.crash(error)
             return problem(Refused("internal_error", STREAM_ERRORS["internal_error"][1]))
 
-    def respond_to(self, head: Head) -> Reply | Stream:
+    def answer(self, head: Head) -> Reply | Stream:
         settings, endpoints = self.server.settings, self.server.endpoints
         self.unread = head.has_body
         check_host(head, settings)
-        self.cors = check_origin(head, settings)
+        check_origin(head, settings)
+        self.cors = cors_fields(head)
         check_token(head, settings)
         route, params, allow = find_route(endpoints.paths, head.method, head.path)
+        curl = self.curl(head)
+        check_body_head(route, head, curl)
         body = self.read_body(head)
         if route is None:
             return self.options(allow)
-        curl = self.curl(head)
-        fields = check_body(route, head.headers.get("content-type", ""), body, curl)
-        request = Request(params, head.query, head.headers, self.client_address[0], curl, fields)
+        request = Request(params, head.query, head.headers, self.client_address[0], curl, parse_body(route, body))
         return getattr(endpoints, route.name)(request)
+
+    def request_line(self) -> str:
+        """What was asked, for the log: no query and no fields, which may hold a secret."""
+        if self.head:
+            return f"{self.head.method} {self.head.path}"
+        return re.split("[\r\n?]", self.received.decode("latin-1").lstrip("\r\n"), maxsplit=1)[0]
 
     def options(self, allow: str) -> Reply:
         """Also the answer to a preflight, where a page of another origin is allowed."""
@@ -1938,7 +1958,6 @@ class Handler(BaseRequestHandler):
 
     def read_body(self, head: Head) -> bytes:
         """The whole body (RFC 9112, section 6). Raises Refused."""
-        check_length(head)
         if head.expects_continue:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         end = time.monotonic() + LIMITS["body_time"]
@@ -2113,7 +2132,9 @@ def between(kind: type, low: float, high: float, open_low: bool = False) -> Call
     def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high or (open_low and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            most = "" if math.isinf(high) else f" and at most {high}"
+            least = f"{'more than' if open_low else 'at least'} {low}"
+            raise argparse.ArgumentTypeError(f"it must be {least}{most}, and is {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in its error
@@ -2123,7 +2144,7 @@ def between(kind: type, low: float, high: float, open_low: bool = False) -> Call
 def shaped(pattern: str, shape: str) -> Callable[[str], str]:
     """A type for argparse: a text that matches the pattern."""
     def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text, re.IGNORECASE):
+        if not re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII):
             raise argparse.ArgumentTypeError(f"it must be {shape}")  # and is not repeated: it may be a secret
         return text
 
@@ -2141,9 +2162,9 @@ def parse_arguments() -> argparse.Namespace:
     option("--model", metavar="ID", default=choose_model(), help="offline, or the name of a Gemini model")
     option("--chunk-words", metavar="N", type=between(int, 1, math.inf), default=defaults.chunk_words,
            help="words in a chunk at the most")
-    option("--chunk-delay", metavar="S", type=between(float, 0, 1e6), default=defaults.chunk_delay,
+    option("--chunk-delay", metavar="S", type=between(float, 0, 1_000_000), default=defaults.chunk_delay,
            help="seconds between chunks at the least; 0 turns the pace off")
-    option("--resume-window", metavar="S", type=between(float, 0, 1e9), default=defaults.resume_window,
+    option("--resume-window", metavar="S", type=between(float, 0, 1_000_000_000), default=defaults.resume_window,
            help="seconds that a turn goes on without readers, and that a log is kept after its end")
     option("--heartbeat", metavar="S", type=between(float, 0, 15, open_low=True), default=defaults.heartbeat,
            help="seconds of silence after which a reader gets a ping")

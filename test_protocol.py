@@ -2040,6 +2040,7 @@ BAD_HEADS = [           # name, bytes, status, code. What follows on the connect
         "gzip, chunked", "gzip,Chunked", "x ,\ty , chunked", "gzip\r\nTransfer-Encoding: chunked")),
     *(unread(413, "payload_too_large", f"Content-Length: {length}", "Expect: 100-continue") for length in (
         2**21 + 1, 2**31, 2**32, 2**63, 2**64, 2**64 + 16, "9" * 5000, "0" * 5000 + str(2**21 + 1))),
+    unread(415, "unsupported_media_type", "Content-Length: 16", "Content-Type: text/plain", "Expect: 100-continue"),
     unread(404, "not_found", "Content-Length: 16", "Expect: 100-continue", line="POST /nope HTTP/1.1"),
     unread(405, "method_not_allowed", "Content-Length: 16", "Expect: 100-continue", line="PUT /chat/stream HTTP/1.1"),
     unread(501, "not_implemented", "Content-Length: 16", "Expect: 100-continue", line="BREW /health HTTP/1.1"),
@@ -2566,6 +2567,7 @@ class TestWhoMayComeIn:
         server = serve("--token", TOKEN, "--debug")
         server.turn("Hi")
         check_problem(ask(server, "GET", "/stats", f"Authorization: Basic {TOKEN}"), 401, "unauthorized")
+        check_problem(ask(server, "GET", "/stats?" + TOKEN, BEARER, "no colon"), 400, "bad_request")
         paths = ("/", "/health", "/stats", "/debug", "/openapi.json")
         everything = [shown, *(server.request("GET", path).body.decode() for path in paths)]
         server.process.terminate()

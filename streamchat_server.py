@@ -73,6 +73,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import uuid
 import warnings
@@ -112,6 +113,7 @@ LIMITS = {
     "body_time": 30,  # seconds from the end of the head: 2 MiB at 70 KB/s
     "idle": 60,  # seconds between two requests; nginx keeps 75, browsers open a new connection unseen
     "sessions": 10_000,  # kept in memory until they are deleted: a thousand people with ten each
+    "unread_turns": 1000,  # running beside those that connections may read: each has a thread
     "chunk": 4096,  # code points: at most 12 bytes each (two \uXXXX), so a line stays under 64 KiB
     "error_message": 1000,  # characters: a sentence for a person, not a page of somebody's HTML
     "model_silence": 120,  # seconds without a piece: longer than a model thinks, shorter than a person waits
@@ -120,6 +122,7 @@ LIMITS = {
     "linger": 2,  # seconds given to a client to read an answer that was sent before its body was read
     "grace": 5,  # seconds that running turns get at shutdown
     "retry_after": 5,  # seconds that an overloaded server asks for: a restart takes no longer
+    "log_chunks": 1000,  # log lines of a turn in a tenth of a second: the rest of a faster one's is not shown
     "log_text": 500,  # characters of a text in a log line: enough to find it by
     "console": 10_000,  # log lines waiting for a terminal that does not take them
 }
@@ -748,10 +751,15 @@ class Sessions:
         if self.closing:
             raise Refused("overloaded", "The server is shutting down. Try again when it is back.")
 
+    def _check_turns(self) -> None:
+        if len(self.counters.running) >= self.settings.max_connections + LIMITS["unread_turns"]:
+            raise Refused("overloaded", "Too many turns are running. Try again in a moment.")
+
     def _get_or_add(self, session_id: str) -> Session:
         with self.lock:
             if session := self.sessions.get(session_id):
                 return session
+            self._check_turns()
             session = self._add(session_id, self.settings.model)
             session.unclaimed = True
             return session
@@ -759,7 +767,7 @@ class Sessions:
     def begin(self, message: str, session_id: str, turn_id: str | None, client: str) -> Turn:
         """The turn that a POST follows: a running or complete one that it repeats, or a new one.
 
-        Raises Refused: turn_id_reused, session_busy, and overloaded while the server is shutting down.
+        Raises Refused: turn_id_reused, session_busy, and overloaded (sessions, turns, or shutting down).
         """
         while True:
             session = self._get_or_add(session_id)
@@ -774,6 +782,7 @@ class Sessions:
                 if session.running_turn:
                     raise Refused("session_busy", "A turn is running in this session. Wait for its end, or stop it.")
                 self._check_open()
+                self._check_turns()
                 turn = self._new_turn(session, message, turn_id, client)
                 history = [*session.messages(), Message("user", message, turn.stamp(turn.started), turn.turn_id)]
             self._start(session, turn, history)
@@ -828,7 +837,7 @@ class Sessions:
         """Log the chunks that have left since the last call. (The lock is held.)"""
         if self.console.mode != "full":
             return
-        for number, text, moment in turn.unlogged():
+        for number, text, moment in turn.unlogged()[: LIMITS["log_chunks"]]:
             self.console.log("chunk", turn.epoch + moment, session=turn.session_id, turn=turn.turn_id, number=number,
                              text=text)
 
@@ -865,12 +874,14 @@ class Sessions:
 
     def delete(self, session_id: str) -> None:
         """Forget the session; a POST that holds it already makes a new one. Raises Refused: session_not_found."""
-        with self.lock:
-            session = self.get(session_id)
-            del self.sessions[session_id]
+        session = self.get(session_id)
         with session.changed:
+            if session.deleted:  # between the look-up and the lock
+                return self.delete(session_id)
             session.deleted = True
             self._abort(session, "session_deleted")
+            with self.lock:  # not sooner: a new session with this id could have a turn at the same time
+                del self.sessions[session_id]
 
     def sweep_until(self, stopped: threading.Event) -> None:
         """Sweep ten times a second, in a thread of its own: waiting for a session must not hold back who accepts."""
@@ -1177,6 +1188,8 @@ class Request(NamedTuple):
 
 NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # of a method or a field: a `token` of RFC 9110, section 5.6.2
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab; CR and LF are none of a line, which CRLF ends
+CONTROL_BYTES = re.compile(CONTROL.pattern.encode())
+HEAD_LIMITS = (LIMITS["request_line"] - 1, LIMITS["head"])  # with so many bytes and no end, a head is too long
 REQUEST_LINE = re.compile(rf"({NAME}) ([^ ]+) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(rf"({NAME}):(.*)")
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+))(?::[0-9]{0,5})?")
@@ -1227,6 +1240,13 @@ def parse_head(received: bytes | bytearray) -> Head | None:
     if len(data) == LIMITS["head"]:
         raise Refused("headers_too_large", f"The head must have at most {LIMITS['head'] >> 10} KiB.")
     return None
+
+
+def is_undecided(received: bytes | bytearray, known: int) -> bool:
+    """Whether parse_head() has nothing new to say of a head whose first `known` bytes it has seen. To ask it after each
+    byte of one that drips would take seconds."""
+    new_limit = any(known < limit + skipped <= len(received) for limit in HEAD_LIMITS for skipped in (0, 2, 4))
+    return not new_limit and not CONTROL_BYTES.search(received, max(known - 1, 0))  # a CR may have been the last byte
 
 
 def _check_characters(line: str) -> None:
@@ -1331,15 +1351,15 @@ def check_host(head: Head, settings: Settings) -> None:
     name = host_name(head.host)
     if settings.token or not head.host or is_loopback(name) or name in map(host_name, settings.allow_host):
         return
-    raise Refused("forbidden_host", f"This server does not answer to {name}. If it is meant to, start it with "
-                                    f"--allow-host {name}.")
+    raise Refused("forbidden_host", f"This server does not answer to {name[:200]}. If it is meant to, start it with "
+                                    "--allow-host and this name.")
 
 
 def foreign_origin(head: Head) -> str | None:
     """The origin of a page that asks and is not this server's own. Behind a proxy that is an https one."""
     origin = head.headers.get("origin")
     scheme, _, host = (origin or "").lower().partition("://")
-    is_own = scheme in DEFAULT_PORTS and head.host.lower() in (host, host + DEFAULT_PORTS[scheme])
+    is_own = bool(host) and scheme in DEFAULT_PORTS and head.host.lower() in (host, host + DEFAULT_PORTS[scheme])
     return None if is_own else origin
 
 
@@ -1402,7 +1422,7 @@ def find_route(paths: Paths, method: str, path: str) -> tuple[Route | None, dict
 def check_media_type(value: str, curl: str) -> None:
     """curl -d says application/x-www-form-urlencoded unless told otherwise, and many clients say nothing."""
     media_type = value.partition(";")[0].strip(" \t").lower()
-    if media_type not in ("", "application/json", "application/x-www-form-urlencoded"):
+    if value and media_type not in ("application/json", "application/x-www-form-urlencoded"):
         raise Refused("unsupported_media_type", f"Send JSON: {curl}/chat/stream -N "
                       "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
 
@@ -1415,24 +1435,15 @@ def parse_body(route: Route, body: bytes) -> dict[str, Any]:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object (RFC 8259). Python's reader takes more than JSON, and more than one can hold."""
+    """The body as a JSON object (RFC 8259). Python's reader takes NaN and endless numbers too; its writer tells."""
     try:
-        value = json.loads(body.decode(), parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(body.decode())
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise Refused("invalid_json", f"The body is no JSON that this server reads: {str(error)[:200]}.") from None
     if not isinstance(value, dict):
         raise Refused("invalid_field", 'The body must be a JSON object, such as {"message":"Hello"}.')
     return value
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    if math.isinf(number := float(text)):
-        raise ValueError("a number is endless")
-    return number
 
 
 def check_id(fields: dict[str, Any], name: str, pattern: re.Pattern = ID) -> str | None:
@@ -1469,7 +1480,7 @@ def parse_after(query: str) -> int:
 
 # ---- console: banner, boxes and log lines. It knows nothing but what it is told. -------------------------------------
 
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 WIDTH = 62  # columns inside a box
 
 
@@ -1565,16 +1576,15 @@ class Console:
 
     def crash(self, error: BaseException) -> None:
         """Log what should not have happened, with its traceback, on standard error, whatever the mode."""
-        import traceback  # with what it loads, a tenth of the time to start, for what should not happen
-
         lines = "".join(traceback.format_exception(error)).splitlines()
         self.errors.append({"timestamp": stamp(wall_clock()), "event": "crash", "error": lines[-1]})
         self.print("\n".join(map(escape, lines)), sys.stderr)
 
     def _plain(self, event: str, at: int, fields: dict[str, Any]) -> str:
-        return " ".join([stamp(at), event, *(f"{name}={_word(value)}" for name, value in fields.items())])
+        return f"{stamp(at)} {event} {_words(fields)}"
 
     def _pretty(self, event: str, at: int, fields: dict[str, Any]) -> str:
+        words = _words(fields)
         fields = {name: escape(str(value)) for name, value in fields.items()}
         if event == "chunk":
             return f"📡 [{_local(at)}] Chunk #{fields['number']}: \"{shorten(fields['text'], 60)}\""
@@ -1597,8 +1607,7 @@ class Console:
                 "Active Streams": fields["active"],
                 "Status": f"FAILED ({fields['error']})" if failed else {"cancelled": "STOPPED"}.get(status, "SUCCESS"),
             }) + more) + "\n"
-        words = [f"{name}={value}" for name, value in fields.items()]
-        return self._paint("2", " ".join([f"[{_local(at)}]", event.replace("_", " "), *words]))
+        return self._paint("2", f"[{_local(at)}] {event.replace('_', ' ')} {words}")
 
     def _paint(self, colour: str, text: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour else text
@@ -1606,6 +1615,10 @@ class Console:
 
 def _local(microseconds: int) -> str:
     return datetime.fromtimestamp(microseconds / 1e6).strftime("%H:%M:%S.%f")[:-3]
+
+
+def _words(fields: dict[str, Any]) -> str:
+    return " ".join(f"{name}={_word(value)}" for name, value in fields.items())
 
 
 def _word(value: Any) -> str:
@@ -1875,8 +1888,6 @@ class Handler(BaseRequestHandler):
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(1))
             while not self.closing:
                 self.serve_request()
-            if self.unread:
-                self.linger()
         except OSError as error:  # the peer left, or took nothing for too long
             self.server.console.log("client_left", client=self.client_address[0], reason=type(error).__name__)
 
@@ -1889,8 +1900,9 @@ class Handler(BaseRequestHandler):
         if isinstance(answer, Stream):
             self.write_stream(answer)
         elif answer:
-            head_only = self.head.method == "HEAD" if self.head else self.received.lstrip(b"\r\n").startswith(b"HEAD ")
-            self.send(encode_reply(answer._replace(headers=answer.headers | self.cors), self.closing, head_only))
+            self.write_reply(answer)
+        if answer and self.closing:
+            self.linger()
 
     def respond(self) -> Reply | Stream | None:
         """The answer to the next request; None where there is none."""
@@ -1909,26 +1921,33 @@ class Handler(BaseRequestHandler):
             return problem(Refused("internal_error", STREAM_ERRORS["internal_error"][1]))
 
     def answer(self, head: Head) -> Reply | Stream:
-        settings, endpoints = self.server.settings, self.server.endpoints
+        settings = self.server.settings
         self.unread = head.has_body
         check_host(head, settings)
         check_origin(head, settings)
         self.cors = cors_fields(head)
         check_token(head, settings)
-        route, params, allow = find_route(endpoints.paths, head.method, head.path)
+        route, params, allow = find_route(self.server.endpoints.paths, head.method, head.path)
         curl = self.curl(head)
         check_body_head(route, head, curl)
         body = self.read_body(head)
         if route is None:
             return self.options(allow)
         request = Request(params, head.query, head.headers, self.client_address[0], curl, parse_body(route, body))
-        return getattr(endpoints, route.name)(request)
+        return self.call(route, request)
 
     def request_line(self) -> str:
         """What was asked, for the log: no query and no fields, which may hold a secret."""
         if self.head:
             return f"{self.head.method} {self.head.path}"
         return re.split("[\r\n?]", self.received.decode("latin-1").lstrip("\r\n"), maxsplit=1)[0]
+
+    def call(self, route: Route, request: Request) -> Reply | Stream:
+        """What the endpoint answers."""
+        try:
+            return getattr(self.server.endpoints, route.name)(request)
+        except OSError as error:  # of a file: any other tells that the peer has left
+            raise RuntimeError(f"{route.name} failed") from error
 
     def options(self, allow: str) -> Reply:
         """Also the answer to a preflight, where a page of another origin is allowed."""
@@ -1942,17 +1961,23 @@ class Handler(BaseRequestHandler):
             return None
         end = time.monotonic() + LIMITS["head_time"]
         while not (head := parse_head(self.received)):
+            known = len(self.received)
             self.receive_more("head", end)
+            while is_undecided(self.received, known):
+                self.receive_more("head", end)
         del self.received[: head.size]
         return head
 
     def wait_for_head(self) -> bool:
         """Whether its first byte came. Empty lines before it are none, so their time is idle, too."""
+        wait: float = LIMITS["idle"]
+        end = time.monotonic() + wait
         with suppress(TimeoutError):
             while not self.received.strip(b"\r\n"):
                 parse_head(self.received)  # raises Refused where they are too many
-                if not self.receive(LIMITS["idle"]):
+                if not self.receive(wait):
                     return False
+                wait = end - time.monotonic()
             return True
         return False
 
@@ -1996,6 +2021,10 @@ class Handler(BaseRequestHandler):
         token = '-H "Authorization: Bearer $STREAMCHAT_TOKEN" ' if self.server.settings.token else ""
         return f"curl {token}{f'http://{head.host}' if plain else self.server.url}"
 
+    def write_reply(self, reply: Reply) -> None:
+        head_only = self.head.method == "HEAD" if self.head else self.received.lstrip(b"\r\n").startswith(b"HEAD")
+        self.send(encode_reply(reply._replace(headers=reply.headers | self.cors), self.closing, head_only))
+
     def write_stream(self, stream: Stream) -> None:
         """Send a turn's lines as they may be read, each line a transfer chunk, all that are ready at once."""
         assert self.head
@@ -2026,7 +2055,8 @@ class Handler(BaseRequestHandler):
                     raise TimeoutError("the peer takes nothing") from None
 
     def linger(self) -> None:
-        """Read on for a moment: a close with unread bytes resets the connection, and the answer is lost on its way."""
+        """Read on for a moment: a close with unread bytes resets the connection, and the answer is lost on its way
+        (RFC 9112, section 9.6)."""
         self.request.shutdown(socket.SHUT_WR)
         end = time.monotonic() + LIMITS["linger"]
         with suppress(TimeoutError):
@@ -2190,7 +2220,8 @@ def main() -> int:
     host, port = arguments.pop("host"), arguments.pop("port")
     if trouble := model_problem(arguments["model"]) or access_problem(host, arguments["token"]):
         return fail(trouble)
-    allow_files(2 * arguments["max_connections"])
+    most = allowed_files(2 * arguments["max_connections"] + 100) - 100
+    arguments["max_connections"] = min(arguments["max_connections"], max(most, 1))
     sys.setswitchinterval(0.05)  # seconds; with many streams, shorter turns of the interpreter are mostly changes
     try:
         server = make_server(host, port, Settings(**arguments))
@@ -2210,15 +2241,18 @@ def access_problem(host: str, token: str | None) -> str | None:
             "--host 127.0.0.1.")
 
 
-def allow_files(count: int) -> None:
-    """Ask for so many file descriptors: a connection has one, and one to the model. Many systems give 1,024 or less."""
-    with suppress(ImportError, ValueError, OSError):
-        from resource import RLIMIT_NOFILE, getrlimit, setrlimit  # not on Windows, which has no such limit
-
-        soft, hard = getrlimit(RLIMIT_NOFILE)
-        wanted = count + 100
-        if 0 <= soft < wanted:
+def allowed_files(wanted: int) -> int:
+    """How many file descriptors there may be, after asking for so many. A connection has one, and one to the model."""
+    try:
+        from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+    except ImportError:  # on Windows, which has no such limit
+        return wanted
+    soft, hard = getrlimit(RLIMIT_NOFILE)  # negative: no limit
+    if 0 <= soft < wanted:
+        with suppress(ValueError, OSError):  # macOS allows less than it says
             setrlimit(RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+    soft = getrlimit(RLIMIT_NOFILE)[0]
+    return wanted if soft < 0 else min(wanted, soft)
 
 
 def fail(trouble: str) -> int:

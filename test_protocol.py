@@ -42,7 +42,7 @@ import unicodedata
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -2906,10 +2906,11 @@ GEMINI_REFUSALS = {
     "error without text": [(418, {"error": {"code": 418}})],
 }
 
-# name → what to send, in order: a dict as a data line, bytes as they are, or HOLD, CUT, RESET.
+# name → what to send, in order: a dict as a data line, bytes as they are, seconds to wait, or HOLD, CUT, RESET.
 GEMINI_STREAMS = {
     "hold before text": [HOLD, says("Late.", finish="STOP")],
     "hold after text": [says("First "), HOLD, says("second.", finish="STOP")],
+    "slow": [says("One "), 0.4, says("two.", finish="STOP")],
     "cut before text": [CUT],
     "cut in the middle": [says("Half an "), CUT],
     "cut in a line": [says("Half an "), b'data: {"candidates": [{"content": {"parts": [{"te', CUT],
@@ -3053,6 +3054,8 @@ class GeminiHandler(BaseHTTPRequestHandler):
         for step in steps:
             if step is HOLD:
                 self.server.let_go.wait(30)
+            elif isinstance(step, float):
+                time.sleep(step)
             elif step in (CUT, RESET):
                 if step is RESET:  # linger 0: the kernel answers with RST
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -3130,6 +3133,7 @@ MODEL_ENDS = [
     ("reason without parts", "stop", "One two.", 1, ""),
     ("unspecified", "stop", "One two.", 1, ""),
     # texts
+    ("slow", "stop", "One two.", 1, ""),
     ("thoughts", "stop", "Answer.", 1, ""),
     ("empty texts", "stop", "One.", 1, ""),
     ("empty lines", "stop", "One.", 1, ""),
@@ -3918,6 +3922,308 @@ class TestProxy:
             server.process.kill()
             with pytest.raises(Cut):
                 list(stream)
+
+
+# ---- Chaos: STREAMCHAT_CHAOS=SECONDS or SECONDS:SEED. More than 4 s are a long run, with more clients and cases.
+
+CHAOS_SECONDS, _, CHAOS_SEED = os.environ.get("STREAMCHAT_CHAOS", "4").partition(":")
+LONG_RUN = float(CHAOS_SECONDS) > 4
+SOON_OVER = ("--chunk-delay", "0.005", "--resume-window", "0.3", "--heartbeat", "0.2", "--log", "off")
+SHARED = ["shared-1", "shared-2", "shared-3"]
+TURN_IDS = [f"turn-{number}" for number in range(40)]      # few, so that clients repeat and contradict each other
+DEEDS = [               # how often, a method of ChaosClient, and how
+    (6, "stream", {}), (2, "stream", {"half_close": True}), (6, "stream", {"copies": 3}),
+    (3, "stream", {"cut_after": 0}), (10, "cut", {}), (6, "resume", {}), (6, "stop", {}),
+    (2, "forget", {"method": "POST", "path": "/clear"}), (2, "forget", {"method": "DELETE", "path": ""}),
+    (6, "look", {}), (3, "rubbish", {}),
+]
+SLACK = timedelta(seconds=0.05)     # between a server's reading of a clock and its use, another thread may run
+MAY_REFUSE = {"session_not_found": 404, "no_turn": 404, "session_busy": 409, "turn_id_reused": 409}
+STOPPED = ("cancelled", "session_cleared", "session_deleted")
+CHAOS_CASES = {         # not where tries count; and an answer without text is not sent to the model again
+    f"case: {name}": (end, text) for name, end, text, requests, _ in MODEL_ENDS
+    if (requests == 1 or (LONG_RUN and end != "stop")) and name != "too long thought"}
+
+
+def text_of(number):
+    return f"{number} " + "word " * (300 if number % 10 == 0 else number * 7 % 60)
+
+
+def text_or_case(number):
+    case = random.Random(number).choice(list(CHAOS_CASES)) if number % 2 else "case: slow"
+    return case if number % 2 or number % 8 == 2 else text_of(number)
+
+
+def offline_answer(message, before):
+    """How a turn ends that nobody stops, and its text."""
+    return "stop", f"You said: {message}\n\nThis is the offline model. {before} messages came before this one."
+
+
+def gemini_answer(message, before):
+    return CHAOS_CASES.get(message, ("stop", f"Message {before + 1}: {message}"))
+
+
+def whole_turns(messages):
+    """A history as {turn_id: (the user's message, the model's)}: whole turns, and no turn twice."""
+    turns = {}
+    for user, model in zip(messages[::2], messages[1::2], strict=True):
+        assert (user["role"], model["role"], user["turn_id"]) == ("user", "model", model["turn_id"]), "half a turn"
+        assert user["turn_id"] not in turns, "a turn is there twice"
+        turns[user["turn_id"]] = user, model
+    return turns
+
+
+def utc_time(later):
+    return (datetime.now(UTC) + later).isoformat(timespec="microseconds")
+
+
+class Reading(NamedTuple):
+    """What one connection read of a stream; no lines where it was cut before the first."""
+
+    session: str
+    lines: list
+    after: int
+    whole: bool         # to the end of the stream
+    message: str | None     # None where it was no POST
+    live: bool          # else it may come from the history, as it may for the POST of a turn with a name
+
+
+class ChaosClient:
+    """A client that does what chance says. It judges each answer by itself, and keeps what it read for the end."""
+
+    def __init__(self, chaos, number):
+        self.chaos, self.server, self.chance = chaos, chaos.server, random.Random(f"{chaos.seed} {number}")
+        self.sessions = [*SHARED, f"own-{number}"]
+
+    def act(self):
+        end = time.monotonic() + float(CHAOS_SECONDS)
+        while time.monotonic() < end:
+            [(_, deed, how)] = self.chance.choices(DEEDS, [row[0] for row in DEEDS])
+            getattr(self, deed)(self.chance.choice(self.sessions), **how)
+
+    def request(self, session):
+        """A turn with a name, now and then with another's message, or a turn without a name."""
+        number, named, other = (self.chance.randrange(size) for size in (len(TURN_IDS), 3, 10))
+        if not named:
+            return {"session_id": session, "message": self.chaos.text(1000 + 100 * other + number)}
+        return {"session_id": session, "turn_id": TURN_IDS[number], "message": self.chaos.text(number + (not other))}
+
+    def post(self, request, copies=1, half_close=False, codes="session_busy turn_id_reused", **kind):
+        """Send the same POST on so many connections at once, read the answers, and return the last one's lines."""
+        session, turn_id = request["session_id"], request.get("turn_id")
+        self.chaos.sent.setdefault((session, turn_id), set()).add(request["message"])
+        connections = [self.server.connect(**kind) for _ in range(copies)]
+        for connection in connections:
+            connection.send(chat_request(request))
+            if half_close:
+                connection.socket.shutdown(socket.SHUT_WR)
+        for connection in connections:
+            lines = self.read(connection, session, codes, message=request["message"], live=turn_id is None)
+        nobody_else = turn_id is None and session not in SHARED
+        assert not (nobody_else and lines and b'"cancelled"' in lines[-1]), "cancelled while it was read"
+        return lines
+
+    def follow(self, session, after):
+        connection = self.server.connect()
+        connection.send(http_request("GET", f"/sessions/{session}/stream?after={after}"))
+        self.read(connection, session, "session_not_found no_turn", after)
+
+    def read(self, connection, session, codes, after=0, message=None, live=True):
+        """Read a stream to its end, or to where the connection is cut, and leave by a close or a reset."""
+        leave, lines, whole = self.chance.choice((connection.close, connection.abort)), [], False
+        try:
+            head = connection.read_head()
+            if head.status != 200:
+                self.check_refusal(Response(*head, b"".join(connection.pieces(head))), codes)
+                return lines
+            for line in connection.lines(head):
+                lines.append(line)
+            whole = True
+        except Cut as cut:
+            assert connection.left == 0, f"the server cut the connection: {cut}"
+        finally:
+            leave()
+        self.chaos.readings.append(Reading(session, lines, after, whole, message, live))
+        return lines
+
+    def ask(self, method, path, body=None):
+        """The JSON of an answer; empty where there is no such session."""
+        response = self.server.request(method, path, body)
+        return response.json if response.status == 200 else self.check_refusal(response, "session_not_found")
+
+    def check_refusal(self, response, codes):
+        code = response.json["code"]
+        assert code in codes.split(), response
+        check_problem(response, MAY_REFUSE[code], code)
+        return {}
+
+    def stream(self, session, **kind):
+        self.post(self.request(session), **kind)
+
+    def cut(self, session):
+        """The connection is lost after any number of bytes; then it resumes after what it has, or retries."""
+        request, size, resumes = self.request(session), self.chance.randrange(4000), self.chance.randrange(2)
+        lines = self.post(request, cut_after=size)
+        if resumes:
+            self.follow(session, after=max(len(lines) - 2, 0))
+        elif lines and "turn_id" in request and session not in SHARED:
+            self.post(request, codes="")                # nobody else can be in its way
+        else:
+            self.post(request)
+
+    def resume(self, session):
+        self.follow(session, after=self.chance.choice((0, 1, self.chance.randrange(90), 999_999_999)))
+
+    def stop(self, session):
+        latest = self.ask("GET", f"/sessions/{session}").get("latest_turn") or {}
+        name = self.chance.choice((None, "no-turn", latest.get("turn_id")))
+        answer = self.ask("POST", f"/sessions/{session}/stop", {"turn_id": name})
+        assert not (name == "no-turn" and answer.get("stopped")), "a stop ended another turn than the one named"
+
+    def forget(self, session, method, path):
+        sent = utc_time(-SLACK)
+        if self.ask(method, f"/sessions/{session}{path}"):
+            self.chaos.forgotten[session].append((sent, utc_time(SLACK)))
+
+    def look(self, session):
+        stats, told = self.server.stats(), self.ask("GET", f"/sessions/{session}")
+        check_balance(stats, stats)
+        running = [stream["session_id"] for stream in stats["streams"]]
+        assert len(running) == len(set(running)), "two turns at once in a session"
+        if told:
+            whole_turns(told["messages"])
+            assert told["streaming"] == bool(told["latest_turn"] and told["latest_turn"]["state"] == "running")
+        assert {told["session_id"] for told in self.server.get("/sessions")["sessions"]} <= {*self.chaos.forgotten}
+
+    def rubbish(self, session):
+        noise = "noise", b"\x16" + self.chance.randbytes(300) + b"\r\n\r\n", 400, "bad_request"
+        _, raw, status, code = self.chance.choice((noise, self.chance.choice([*BAD_REQUESTS, *BAD_HEADS])))
+        connection = self.server.connect()
+        with contextlib.suppress(ConnectionError):      # it may be refused before it was sent
+            connection.send(raw)
+        check_problem(self.server.response(connection), status, code)
+
+
+class Chaos:
+    """Many clients at once at a fresh server, and what must be true when all is over."""
+
+    def __init__(self, server, text, answer, spare=0):
+        self.server, self.text, self.answer, self.spare = server, text, answer, spare
+        self.seed = CHAOS_SEED or str(random.randrange(10**6))
+        self.clients = [ChaosClient(self, number) for number in range(100 if LONG_RUN else 30)]
+        self.readings, self.sent = [], {}               # sent: (session, turn_id or None): messages
+        # When the clears and deletes of each session were sent and answered, at the widest.
+        self.forgotten = {session: [] for client in self.clients for session in client.sessions}
+
+    def run(self):
+        print(f"STREAMCHAT_CHAOS={CHAOS_SECONDS}:{self.seed} makes the same choices")
+        self.clients[0].stream(SHARED[0])
+        time.sleep(0.1)
+        threads, descriptors = self.held()
+        in_parallel(ChaosClient.act, self.clients, workers=len(self.clients))
+        self.check()
+        assert wait_until(lambda: self.held()[0] <= threads and self.held()[1] <= descriptors + self.spare), (
+            f"{threads} threads and {descriptors} descriptors have become {self.held()}")
+
+    def held(self):
+        """How many threads and descriptors the server has; none where there is no /proc."""
+        folders = [Path(f"/proc/{self.server.process.pid}", name) for name in ("task", "fd")]
+        return [len(os.listdir(folder)) if folder.exists() else 0 for folder in folders]
+
+    def check(self):
+        assert wait_until(lambda: not self.server.stats()["streams"]), "a turn runs on that nobody reads"
+        assert all(in_parallel(self.has_a_next_turn, self.forgotten)), "busy for ever"
+        assert wait_until(lambda: not any(self.server.session(session)["latest_turn"] for session in self.forgotten))
+        histories = {session: self.check_history(session) for session in self.forgotten}
+        readings = {}
+        for reading in self.readings:
+            readings.setdefault(b"".join(reading.lines[:1]), []).append(reading)
+        unseen = readings.pop(b"", [])
+        assert not any(reading.whole for reading in unseen), "a stream without lines"
+        turns = []
+        for same in readings.values():
+            if turn := self.check_run(same):
+                turns.append(turn)
+                self.check_answer(turn, {reading.message for reading in same} - {None}, histories[same[0].session])
+        self.check_totals(turns, len(unseen) + len(readings) - len(turns))
+
+    def has_a_next_turn(self, session):
+        return wait_until(lambda: self.clients[0].post({"session_id": session, "message": self.text(1008)}))
+
+    def check_history(self, session):
+        """Its turns were sent and not forgotten, and a retry tells each of them again."""
+        turns = whole_turns(self.server.session(session)["messages"])
+        for number, (turn_id, (user, model)) in enumerate(turns.items()):
+            assert user["text"] in self.messages(session, turn_id)
+            assert all(sent <= user["timestamp"] for sent, _ in self.forgotten[session]), "forgotten, but there"
+            request = {"session_id": session, "turn_id": turn_id, "message": user["text"]}
+            again = check_turn(self.clients[0].post(request, codes=""), stored=True, turn_id=turn_id)
+            assert (again.status["context_messages"], again.text) == (2 * number, model["text"])
+        return turns
+
+    def messages(self, session, turn_id):
+        """What was sent under this id; any id but TURN_IDS was made by the server."""
+        return self.sent[session, turn_id if turn_id in TURN_IDS else None]
+
+    def check_run(self, readings):
+        """All read the same log, each without the chunks that it left out. The turn, if all of it was read."""
+        log, live = {}, any(reading.live for reading in readings)
+        assert len({reading.message for reading in readings} - {None}) <= 1, "messages that differ share a run"
+        rules = {"session_id": readings[0].session, "stored": not live, **(self.server.pace if live else {})}
+        for line in itertools.chain.from_iterable(reading.lines for reading in readings):
+            event = event_of(line)
+            log.setdefault(event.get("chunk_number", event["type"]), line)
+        last = max((number for number in log if isinstance(number, int)), default=0)
+        opening, chunks = [log["session_info"], log.get("status")], [log.get(number + 1) for number in range(last)]
+        ends = [log[kind] for kind in ("complete", "error") if kind in log]
+        for reading in readings:
+            lines = opening + chunks[reading.after:] + ends
+            assert reading.lines == (lines if reading.whole else lines[:len(reading.lines)]), "not the same log"
+            if reading.whole:
+                check_turn(reading.lines, after=reading.after, **rules)
+        if None not in chunks and any(reading.whole and reading.after <= last for reading in readings):
+            return check_turn(opening + chunks + ends, **rules)
+        return None
+
+    def check_answer(self, turn, posted, history):
+        """It answers what was posted; complete, it was kept unless forgotten; and to forget ended what ran."""
+        session, turn_id, began = (turn.info[name] for name in ("session_id", "turn_id", "timestamp"))
+        how, before = turn.end.get("finish_reason", turn.end.get("code")), turn.status["context_messages"]
+        messages, forgotten = self.messages(session, turn_id), self.forgotten[session]
+        answers = [self.answer(message, before) for message in messages & (posted or messages)]
+        begins = any(text.startswith(turn.text) for _, text in answers)
+        assert (how, turn.text) in answers or (how in STOPPED and begins), (how, turn.text, answers)
+        assert not any(began < sent and answered < turn.end["timestamp"] for sent, answered in forgotten)
+        if turn.end.get("message_count", 0) > before and all(answered < began for _, answered in forgotten):
+            assert history[turn_id][1]["text"] == turn.text
+
+    def check_totals(self, turns, unknown):
+        """Each turn was counted once; an answer from the history has the numbers of then."""
+        numbers = ("session_id", "turn_id", "message_count", "processing_time")
+        complete = {tuple(map(turn.end.get, numbers)) for turn in turns if turn.end["type"] == "complete"}
+        failed = [turn for turn in turns if turn.end["type"] == "error"]
+        known = {"successful": len(complete), "failed": len(failed), "total": len(complete) + len(failed)}
+        stats = self.server.stats()
+        print(f"{len(self.readings)} readings, {known} turns and {unknown} unknown of {stats['total_requests']}")
+        assert (stats["streams"], stats["streaming_connections"]) == ([], 0)
+        for name, count in known.items():
+            assert count <= stats[f"{name}_requests"] <= count + unknown
+
+
+@NOT_OURS
+class TestChaos:
+    """Whatever many clients do at once, turns stay whole, readers see one log, totals balance and nothing leaks."""
+
+    def test_with_the_offline_model(self, tmp_path):
+        # The server's threads change places so often that what should be one step, and is not, shows.
+        switch = "import sys; sys.setswitchinterval(1e-5); sys.setswitchinterval = lambda seconds: None"
+        (tmp_path / "sitecustomize.py").write_text(switch)
+        with running(*SOON_OVER, PYTHONPATH=str(tmp_path)) as server:
+            Chaos(server, text_of, offline_answer).run()
+
+    def test_with_a_model_that_fails(self, stand_in):
+        with gemini_server(stand_in, "--model", "gemini-test", *SOON_OVER, GEMINI_API_KEY=KEY) as server:
+            Chaos(server, text_or_case, gemini_answer, spare=20).run()     # google-genai keeps 20 connections
 
 
 # ---- Measure a server

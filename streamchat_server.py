@@ -312,6 +312,7 @@ class Settings(NamedTuple):
 
 # ---- wire: event -> line -> transfer chunk. It knows no turns. -------------------------------------------------------
 
+COMPACT = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one for each event
 LAST_TRANSFER_CHUNK = b"0\r\n\r\n"
 
 
@@ -338,7 +339,7 @@ def _second(seconds: int) -> str:
 
 def encode(**event: Any) -> bytes:
     """An event as a line: one JSON object in pure ASCII, ended by a newline."""
-    return json.dumps(event, separators=(",", ":")).encode() + b"\n"
+    return COMPACT.encode(event).encode() + b"\n"
 
 
 def encode_chunk(text: str, number: int, is_final: bool, timestamp: str) -> bytes:
@@ -1203,6 +1204,7 @@ def elements(value: str) -> list[str]:
     return [element for each in value.lower().split(",") if (element := each.strip(" \t"))]
 
 
+@lru_cache(maxsize=64)  # clients repeat themselves
 def host_name(host: str) -> str:
     """A Host (RFC 3986, section 3.2.2) without its port, in lower case; an IPv6 address without its brackets. Empty
     where it can't be read."""
@@ -1337,6 +1339,7 @@ def check_body_head(route: Route | None, head: Head, curl: str) -> None:
         check_media_type(head.headers.get("content-type", ""), curl)
 
 
+@lru_cache(maxsize=64)
 def is_loopback(name: str) -> bool:
     """Whether a host name or address can only mean this machine."""
     try:
@@ -1857,10 +1860,15 @@ def socket_timeout(seconds: float) -> bytes:
 
 def response_head(status: int, headers: dict[str, str], closing: bool) -> bytes:
     """Status line and fields (RFC 9112, section 4)."""
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {formatdate(usegmt=True)}"]
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     lines += ["X-Content-Type-Options: nosniff", f"Connection: {'close' if closing else 'keep-alive'}", "", ""]
     return "\r\n".join(lines).encode("latin-1")
+
+
+@lru_cache(maxsize=2)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 def encode_reply(reply: Reply, closing: bool, head_only: bool = False) -> bytes:

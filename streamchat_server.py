@@ -1945,10 +1945,11 @@ class Handler(BaseRequestHandler):
         return self.call(route, request)
 
     def request_line(self) -> str:
-        """What was asked, for the log: no query and no fields, which may hold a secret."""
+        """What was asked, for the log: no query or fields, which may hold a secret, and nothing that may be a body."""
         if self.head:
             return f"{self.head.method} {self.head.path}"
-        return re.split("[\r\n?]", self.received.decode("latin-1").lstrip("\r\n"), maxsplit=1)[0]
+        match = re.match(rf"[\r\n]*({NAME} /[^\r\n ?]*)(?:\?[^\r\n ]*)? HTTP/", self.received.decode("latin-1"))
+        return match[1] if match else "no request"
 
     def call(self, route: Route, request: Request) -> Reply | Stream:
         """What the endpoint answers."""

@@ -2787,6 +2787,7 @@ class TestConfiguration:
         server = serve("--log", level, "--chunk-delay", "0")
         before = server.log()
         assert before.endswith("\n") and before.splitlines()[-1].startswith("Serving on http://127.0.0.1:")
+        server.answers(http_request("POST", "/sessions/new", "Content-Length: 2") + b"{}SECRET /rest of a body\r\n\r\n")
         server.turn("SECRET message", session_id="a-session")
         wait_until(lambda: "a-sess" in server.log(), seconds=0.3)
         log = server.log().removeprefix(before)

@@ -4237,6 +4237,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@NOT_OURS
 class TestBench:
     """README, "Measure a server": the command that measures a server, or two in turn."""
 

@@ -577,6 +577,7 @@ class PastTurn(NamedTuple):
 
 
 def new_id() -> str:
+    """A session_id or turn_id for who names none."""
     return str(uuid.uuid4())
 
 
@@ -1872,6 +1873,7 @@ def _date(second: int) -> str:
 
 
 def encode_reply(reply: Reply, closing: bool, head_only: bool = False) -> bytes:
+    """A reply as it is sent; to HEAD only its head, with the length that GET would have (RFC 9110, section 9.3.2)."""
     length = {} if reply.status in (204, 304) else {"Content-Length": str(len(reply.body))}
     head = response_head(reply.status, {**reply.headers, **length}, closing)
     return head if head_only else head + reply.body
@@ -2258,7 +2260,7 @@ def allowed_files(wanted: int) -> int:
         return wanted
     soft, hard = getrlimit(RLIMIT_NOFILE)  # negative: no limit
     if 0 <= soft < wanted:
-        with suppress(ValueError, OSError):  # macOS allows less than it says
+        with suppress(ValueError, OverflowError, OSError):  # macOS allows less than it says
             setrlimit(RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
     soft = getrlimit(RLIMIT_NOFILE)[0]
     return wanted if soft < 0 else min(wanted, soft)

@@ -2288,6 +2288,17 @@ def allow_files(count):
 class TestLimits:
     """Past a limit there is a clear answer, and all others are served as before (RFC 9110, section 15; RFC 6585)."""
 
+    @pytest.mark.parametrize("version, fields", [("HTTP/1.1", ["Connection: close"]), ("HTTP/1.0", [])])
+    def test_a_late_byte_does_not_cut_an_answer_that_ends_the_connection(self, fast, version, fields):
+        """RFC 9112, section 9.6, too."""
+        connection = fast.connect(receive_buffer=4096)
+        connection.send(chat_request({"message": LONG}, *fields, version=version))
+        connection.file.peek(1)
+        connection.send(b"\r\n")
+        time.sleep(0.1)
+        check_turn(list(connection.lines(connection.read_head())), message=LONG, **fast.pace)
+        assert connection.at_end()
+
     @pytest.mark.parametrize("line, field, status, code", [
         ("POST /chat/stream HTTP/1.1", f"Content-Length: {3 << 20}", 413, "payload_too_large"),
         ("POST /chat/stream HTTP/1.1", "Transfer-Encoding: chunked", 411, "length_required"),

@@ -1,0 +1,1387 @@
+#!/usr/bin/env python3
+"""The client of streamable HTTP chat: at a terminal, in scripts, and as a library, in one file.
+
+    python3 streamchat_client.py                                    chat; /help lists the commands
+    python3 streamchat_client.py "Sum this up:" < notes.txt         print the answer, and nothing else
+    python3 streamchat_client.py --json "Hello" | jq .type          print the lines of the stream
+
+    from streamchat_client import Api
+
+    for event in Api("http://127.0.0.1:8000").chat("Hello!", "my-session"):
+        if event["type"] == "chunk":
+            print(event["text"], end="", flush=True)
+
+No word is lost or doubled, since a turn has a name before it is sent, and its POST may be sent again:
+
+    name session and turn ──► POST ──► read lines ──► complete, or an error that stays
+                               ▲           │
+                               └── pause ◄─┘   no connection, a cut, 30 s without a byte, 408, 429, 502, 503, 504,
+                                               an error with "retryable": true
+
+What comes again from its first line is compared with what is here. A session_info line of the same bytes: it is the
+same run of the turn, and chunks up to the last that came are skipped by their chunk_number. Other bytes: another run,
+since the server lost the first; what came of that is dropped. Only a terminal event ends an answer, whatever HTTP says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import unicodedata
+import uuid
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from pathlib import Path
+from queue import Empty, Queue
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
+
+# ---- limits and tables. They know no function. -----------------------------------------------------------------------
+
+SILENCE = 30  # seconds without a byte: then the server is stuck, since it sends a ping at least every 15
+STOP_TIME = 3  # seconds in which a stop must work: a person waits for the prompt
+LAST_CHUNK_TIME = 1  # seconds for the last transfer chunk, which is sent together with the terminal event
+RETRIES = 8  # after the first POST, and after each new chunk
+FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.2, 5, 60  # seconds
+RETRIED = {408, 429, 502, 503, 504}  # statuses that the same request may not get again
+MAX_LINE = 64 << 10  # bytes: the protocol's lines are shorter
+MAX_ANSWER = 64 << 20  # bytes of an answer that is no stream: a session's history has no limit of its own
+READ_SIZE = 64 << 10  # bytes
+FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"  # of the sign that something is awaited
+WIDTH = 62  # columns inside a box
+
+ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")
+URL = re.compile(r"https?://[^/?#@\s]+(/[!-~]*)?", re.IGNORECASE)
+TOKEN = re.compile(r"[!-~]+")
+
+EVENTS = {  # the types, each with the fields without which a client can't go on; the others may be missing
+    "session_info": "", "status": "", "chunk": "text chunk_number", "complete": "", "error": "message", "ping": "",
+}
+TERMINAL = ("complete", "error")
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "session_id": str, "model": str, "created": bool, "timestamp": str, "context_messages": int, "text": str,
+    "chunk_number": int, "finish_reason": str, "total_chunks": int, "message_count": int, "message": str, "code": str,
+    "retryable": bool, "stopped": bool, "sessions": list, "duration_minutes": (int, float), "created_at": str,
+    "last_activity": str, "streaming": bool, "user_messages": int, "model_messages": int, "messages": list, "role": str,
+    "session_duration_seconds": (int, float), "latest_turn": (dict, type(None)), "turn_id": str, "state": str,
+    "status": str, "uptime_seconds": (int, float), "total_requests": int, "successful_requests": int,
+    "failed_requests": int, "active_sessions": int, "streaming_connections": int, "total_sessions_created": int,
+    "average_response_time": (int, float, type(None)), "start_time": str, "framework": str,
+}
+HEALTH = "status model uptime_seconds total_requests successful_requests failed_requests active_sessions " \
+         "streaming_connections"
+
+
+class ChatError(Exception):
+    """Why there is no (whole) answer, as a sentence for a person."""
+
+    retryable = False  # whether the same request may help
+    retry_after = 0.0  # seconds to wait before it
+
+
+class Lost(ChatError):
+    """The connection could not be made, or broke."""
+
+    retryable = True
+
+
+class StreamCut(Lost):
+    """The stream ended without a terminal event, or a part of it is missing."""
+
+
+class Refused(ChatError):
+    """The server answered with another status than 200; `code` is that of its problem (RFC 9457), if it is one."""
+
+    def __init__(self, detail: str, status: int, code: str = "", retry_after: float = 0) -> None:
+        super().__init__(detail)
+        self.status, self.code, self.retry_after, self.retryable = status, code, retry_after, status in RETRIED
+
+
+class TurnFailed(ChatError):
+    """The turn ended with an `error` event."""
+
+    def __init__(self, event: Event) -> None:
+        super().__init__(event["message"])
+        self.code, self.retryable = event.get("code", ""), event.get("retryable", False)
+
+
+class SessionDeleted(ChatError):
+    """Somebody deleted the session while its turn was cut off; the same POST would make it anew."""
+
+
+class BadServer(ChatError):
+    """What came is not this protocol."""
+
+
+# ---- wire: bytes -> lines -> events. It knows no sessions and no retries. --------------------------------------------
+
+
+class Event(dict[str, Any]):
+    """One event, as a dict. `line` has its bytes, or none where this client made it; `coding` is what brought it."""
+
+    line = b""
+    coding = "none"
+
+
+class Response(HTTPResponse):
+    """http.client takes a head that was cut for a whole one, and so a cut for an answer. This one raises."""
+
+    def begin(self) -> None:
+        file: Any = self.fp
+        line = b""
+
+        def readline(limit: int) -> bytes:
+            nonlocal line
+            line = file.readline(limit)
+            return line
+
+        self.fp: Any = SimpleNamespace(readline=readline, close=file.close)
+        try:
+            super().begin()
+        except BadStatusLine:
+            if line and not line.endswith(b"\n"):
+                raise IncompleteRead(line) from None
+            raise
+        finally:
+            self.fp = file
+        if not line.endswith(b"\n"):
+            raise IncompleteRead(line)
+
+
+def read_events(response: HTTPResponse) -> Iterator[Event]:
+    """The events of a stream, up to the terminal one. Raises StreamCut where it ends earlier, or BadServer.
+
+    read1() returns what is there, and raises where a transfer chunk is missing at the end (RFC 9112, section 8).
+    readline() would take that end for a clean one.
+    """
+    coding, rest = response.headers.get("Transfer-Encoding", "none"), b""
+    while True:
+        try:
+            data = response.read1(READ_SIZE)
+        except (OSError, HTTPException) as error:
+            raise StreamCut(reason(error)) from error
+        if not data:
+            raise StreamCut("the stream ended before the answer did")
+        *lines, rest = (rest + data).split(b"\n")
+        for line in filter(bytes.strip, lines):
+            event = parse_event(line + b"\n")
+            event.coding = coding
+            yield event
+            if event["type"] in TERMINAL:
+                return
+        if len(rest) >= MAX_LINE:
+            raise BadServer("The server sent a line without an end. Is it a server of this protocol?")
+
+
+def parse_event(line: bytes) -> Event:
+    """A line as an event. Raises BadServer."""
+    if len(line) > MAX_LINE:
+        raise BadServer("The server sent a line of more than 64 KiB. Is it a server of this protocol?")
+    event = Event(parse_object(line, "a line"))
+    event.line = line
+    kind = event.get("type")
+    if not isinstance(kind, str):
+        raise BadServer("The server sent a line without a type. Is it a server of this protocol?")
+    if kind in EVENTS:
+        needed = EVENTS[kind].split()
+        check(event, f"{kind} event", [*needed, *(name for name in event if name in FIELDS)])
+    return event
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object. Raises BadServer for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadServer(f"The server sent {what} that is not JSON. Is it a server of this protocol?") from error
+    if not isinstance(value, dict):
+        raise BadServer(f"The server sent {what} that is not a JSON object. Is it a server of this protocol?")
+    return value
+
+
+def check(value: Any, what: str, names: list[str]) -> None:
+    """Raise BadServer unless these fields are there, each of its type."""
+    for name in names:
+        if not isinstance(value, dict) or not isinstance(value.get(name), FIELDS[name]):
+            raise BadServer(f"The server sent a {what} whose field {name} is missing or wrong.")
+
+
+def reason(error: Exception) -> str:
+    """What happened to a connection, in a few words."""
+    if isinstance(error, TimeoutError):
+        return f"not a byte came for {SILENCE} s"
+    if isinstance(error, ConnectionRefusedError):
+        return "the connection was refused"
+    if isinstance(error, ConnectionError | IncompleteRead):
+        return "the connection broke"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def read_body(response: HTTPResponse, limit: int) -> bytes:
+    """The whole body of an answer that is no stream. Raises Lost where it was cut, BadServer where it is too long."""
+    try:
+        body = response.read(limit + 1)
+    except (OSError, HTTPException) as error:
+        raise Lost(reason(error)) from error
+    length = response.headers.get("Content-Length", "")
+    if len(body) > limit:
+        raise BadServer("The server's answer does not end. Is it a server of this protocol?")
+    if length.isdecimal() and len(body) < int(length):
+        raise Lost("the connection broke")
+    return body
+
+
+def read_refusal(response: HTTPResponse) -> ChatError:
+    """What another status than 200 says: the problem's detail (RFC 9457) where it is one. A proxy's HTML is none."""
+    status = f"{response.status} {response.reason}".strip()
+    if 300 <= response.status < 400:
+        place = response.headers.get("Location", "nowhere")
+        return Refused(f"The server redirects to {place} ({status}). If you trust it, give that address as --url.",
+                       response.status)
+    body = read_body(response, MAX_LINE)
+    problem: dict[str, Any] = {}
+    with suppress(BadServer):
+        problem = parse_object(body, "a problem")
+    detail, code = problem.get("detail"), problem.get("code")
+    return Refused(detail if isinstance(detail, str) and detail else f"The server answered {status}.", response.status,
+                   code if isinstance(code, str) else "", seconds_of(response.headers.get("Retry-After", "")))
+
+
+def seconds_of(retry_after: str) -> float:
+    """The seconds that a Retry-After field asks for, as a number or a date (RFC 9110, section 10.2.3); else 0."""
+    if retry_after.isdecimal():
+        return float(retry_after[:9])
+    with suppress(ValueError, TypeError):
+        return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
+    return 0
+
+
+# ---- Api: a method an endpoint. It prints nothing, and knows no terminal. --------------------------------------------
+
+
+@dataclass
+class Received:
+    """What came of a run of a turn: enough to tell what is new when its log comes again from the first line."""
+
+    run: bytes = b""  # its session_info line
+    chunks: int = 0  # their numbers are 1 to this
+    others: int = 0  # lines of the log that have no number
+
+
+class Api:
+    """A server of streamable HTTP chat.
+
+    Every method raises ChatError. Answers are the server's JSON objects. Between requests one connection is kept.
+    """
+
+    def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None) -> None:
+        """Raises ValueError where `url` is none of http or https (with a path, where a proxy has the server there)."""
+        if not URL.fullmatch(url):
+            raise ValueError(f"{url!r} is not like http://HOST:PORT")
+        parts = urlsplit(url)
+        host, secure = parts.hostname or "", parts.scheme == "https"
+        host.encode("idna")  # raises ValueError here rather than when it connects
+        self.url, self._path = url.rstrip("/"), parts.path.rstrip("/")
+        self._kind = HTTPSConnection if secure else HTTPConnection
+        self._address = host, parts.port or self._kind.default_port
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        self._idle: list[HTTPConnection] = []  # at most one; a list, since its pop() is safe between threads
+
+    def chat(self, message: str, session_id: str | None = None, turn_id: str | None = None, seen: str = "",
+             pause: Callable[[float], Any] = time.sleep) -> Iterator[Event]:
+        """Send a message, and yield the events of its turn, each once, to the `complete` one; else raise ChatError.
+
+        After a cut the same POST is sent again. Beside the server's events, this yields `retry` (`reason`, `number`,
+        `seconds` until it) before it is sent, and `resumed` when the same run goes on. A second `session_info` means
+        another run: what came before it is dropped. An `error` with `retryable` is the last event only if all tries
+        were in vain.
+
+        `seen` is a moment of the server's clock at which it had the session: then a session that is deleted meanwhile
+        is not made anew, but SessionDeleted raised. `pause` waits for so many seconds; it may raise to end all this.
+        """
+        body = {"message": message, "session_id": session_id or new_id(), "turn_id": turn_id or new_id()}
+        received, tries, most = Received(), 0, 0
+        while True:
+            try:
+                for event in self._receive(body, received):
+                    if event["type"] == "session_info":
+                        seen = event.get("timestamp", seen)
+                    if received.chunks > most:
+                        tries, most = 0, received.chunks
+                    yield event
+                return
+            except ChatError as error:
+                if not error.retryable or tries == RETRIES:
+                    raise
+                trouble = error
+            seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** tries) * random.uniform(0.5, 1)  # or all come back at once
+            seconds = max(seconds, min(trouble.retry_after, LONGEST_RETRY_AFTER))
+            tries += 1
+            yield Event(type="retry", reason=str(trouble), number=tries, seconds=seconds)
+            pause(seconds)
+            if seen and self._was_deleted(body["session_id"], seen):
+                raise SessionDeleted("The session was deleted meanwhile, and the answer with it.")
+
+    def _receive(self, body: dict[str, str], received: Received) -> Iterator[Event]:
+        """POST a turn, and yield the events that are not in `received` yet."""
+        opened, others = False, 0
+        for event in self._stream(body):
+            kind = event["type"]
+            if kind == "session_info":
+                if event.line != received.run:
+                    received.run, received.chunks, received.others, others = event.line, 0, 0, 0
+                    yield event
+                elif not opened:
+                    yield Event(type="resumed")
+                opened = True
+            elif kind == "chunk":
+                if not opened or event["chunk_number"] > received.chunks + 1:
+                    raise StreamCut("a part of the stream is missing")
+                if event["chunk_number"] > received.chunks:
+                    received.chunks += 1
+                    yield event
+            elif kind in EVENTS and kind != "status":
+                yield event
+            else:
+                others += 1
+                if others > received.others:
+                    received.others += 1
+                    yield event
+        if kind == "error":
+            raise TurnFailed(event)
+        if event.get("total_chunks", received.chunks) != received.chunks:
+            raise StreamCut("a part of the stream is missing")
+
+    def _was_deleted(self, session_id: str, seen: str) -> bool:
+        """Whether a session that was there at `seen` is gone, though the server is still the one of that time."""
+        try:
+            self.session(session_id)
+        except Refused as error:
+            if error.status == 404:
+                with suppress(ChatError, ValueError, TypeError):  # no times that can be compared: nobody knows
+                    return datetime.fromisoformat(self.stats()["start_time"]) <= datetime.fromisoformat(seen)
+        except ChatError:
+            pass  # the POST will tell
+        return False
+
+    def stop(self, session_id: str, turn_id: str | None = None) -> bool:
+        """Stop the running turn, or only the one that is named. False where it was not running."""
+        body = {"turn_id": turn_id} if turn_id else None
+        return self._ask("POST", f"/sessions/{quote(session_id, safe='')}/stop", "stopped", body, STOP_TIME)["stopped"]
+
+    def new_session(self, session_id: str | None = None, model_id: str | None = None) -> dict[str, Any]:
+        """Create a session."""
+        return self._ask("POST", "/sessions/new", "session_id model timestamp",
+                         {"session_id": session_id or new_id(), "model_id": model_id})
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """All sessions, last active first."""
+        sessions = self._ask("GET", "/sessions", "sessions")["sessions"]
+        for session in sessions:
+            check(session, "session", ["session_id", "message_count", "duration_minutes", "created_at"])
+        return sessions
+
+    def session(self, session_id: str) -> dict[str, Any]:
+        """One session, with its `messages`, and its `latest_turn` while that is kept."""
+        session = self._ask("GET", f"/sessions/{quote(session_id, safe='')}",
+                            "session_id model message_count user_messages model_messages session_duration_seconds "
+                            "created_at last_activity messages latest_turn")
+        for message in session["messages"]:
+            check(message, "message", ["role", "text", "timestamp"])
+        if session["latest_turn"]:
+            check(session["latest_turn"], "turn", ["turn_id", "state", "message"])
+        return session
+
+    def clear(self, session_id: str) -> None:
+        """Forget the messages of a session."""
+        self._ask("POST", f"/sessions/{quote(session_id, safe='')}/clear")
+
+    def delete(self, session_id: str) -> None:
+        """Delete a session."""
+        self._ask("DELETE", f"/sessions/{quote(session_id, safe='')}")
+
+    def health(self) -> dict[str, Any]:
+        """Is the server alive, and what does it do. Needs no token."""
+        return self._ask("GET", "/health", HEALTH)
+
+    def stats(self) -> dict[str, Any]:
+        """The server's counters and averages."""
+        return self._ask("GET", "/stats", HEALTH + " total_sessions_created average_response_time start_time framework")
+
+    def close(self) -> None:
+        """Close the connection that is kept."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _stream(self, body: dict[str, str]) -> Iterator[Event]:
+        with self._exchange("POST", "/chat/stream", body) as response:
+            yield from read_events(response)
+
+    def _ask(self, method: str, path: str, fields: str = "", body: dict[str, Any] | None = None,
+             silence: float = SILENCE) -> dict[str, Any]:
+        with self._exchange(method, path, body, silence) as response:
+            answer = parse_object(read_body(response, MAX_ANSWER), "an answer")
+        check(answer, f"answer to {method} {path}", fields.split())
+        return answer
+
+    @contextmanager
+    def _exchange(self, method: str, path: str, body: Any = None, silence: float = SILENCE) -> Iterator[HTTPResponse]:
+        """Send a request and give its response. Afterwards the connection is kept, if the response was read whole."""
+        connection, response = self._send(method, path, body, silence)
+        refusal = None
+        try:
+            if response.status == 200:
+                yield response
+            else:
+                refusal = read_refusal(response)
+        except BaseException:  # what was not read of this answer would be taken for the next one
+            connection.close()
+            raise
+        self._keep(connection, response)
+        if refusal:
+            raise refusal
+
+    def _send(self, method: str, path: str, body: Any, silence: float) -> tuple[HTTPConnection, HTTPResponse]:
+        """Send a request; returns when the head of its response is read. Raises Lost or BadServer.
+
+        The server may close an idle connection at any time (RFC 9112, section 9.3.1): then a new one is tried, once.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        while True:
+            reused = self._idle.pop() if self._idle else None
+            connection = reused or self._kind(*self._address)
+            connection.response_class = Response
+            connection.timeout = silence
+            try:
+                if reused:
+                    reused.sock.settimeout(silence)
+                else:
+                    connection.connect()
+                with suppress(BrokenPipeError, ConnectionResetError):  # an answer that was sent early is there to read
+                    connection.request(method, self._path + path, data, self._headers)
+                return connection, connection.getresponse()
+            except (OSError, HTTPException) as error:
+                connection.close()
+                if reused and isinstance(error, ConnectionError):
+                    continue
+                if isinstance(error, OSError | IncompleteRead):
+                    raise Lost(reason(error)) from error
+                raise BadServer(f"The server does not speak HTTP ({reason(error)}).") from error
+
+    def _keep(self, connection: HTTPConnection, response: HTTPResponse) -> None:
+        if connection.sock and not response.isclosed():  # the last transfer chunk is not read yet
+            connection.sock.settimeout(LAST_CHUNK_TIME)
+            with suppress(OSError, HTTPException):
+                response.read1(1)
+        if connection.sock and response.isclosed() and not self._idle:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+
+def new_id() -> str:
+    """A name for a session or a turn."""
+    return str(uuid.uuid4())
+
+
+# ---- text: what a terminal can show. It knows nothing of chats. ------------------------------------------------------
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but newline and tab, DEL, C1
+
+
+def escape(text: str) -> str:
+    """Text from outside, fit for a terminal: control characters as escapes, so that none of them acts."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def columns(text: str) -> int:
+    """How many columns a terminal gives to a text: two for wide characters and emoji, none for marks."""
+    total = 0
+    for char, following in zip(text, text[1:] + " ", strict=False):
+        if unicodedata.category(char) not in ("Mn", "Me", "Cf"):
+            total += 2 if unicodedata.east_asian_width(char) in "WF" or following == "\ufe0f" else 1
+    return total
+
+
+def one_line(text: str) -> str:
+    """The same where newlines and tabs would do harm, too."""
+    return escape(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def fit(text: str, width: int) -> str:
+    """The text on one line, in exactly `width` columns: shortened with an ellipsis, or filled with spaces."""
+    text = one_line(text[: 2 * width + 1])
+    if columns(text) > width:
+        while columns(text) > width - 3:
+            text = text[:-1]
+        text += "..."
+    return text + " " * (width - columns(text))
+
+
+def short(session_id: str) -> str:
+    """A session's id as the prompt and the boxes show it."""
+    return session_id if len(session_id) <= 11 else session_id[:8] + "..."
+
+
+def box(title: str, rows: dict[str, Any] | list[str]) -> str:
+    """A box of lines with a title in its upper edge."""
+    lines = rows if isinstance(rows, list) else [f"{name}: {value}" for name, value in rows.items()]
+    head = f"┌─ {title} "
+    return "\n".join([head + "─" * (WIDTH + 1 - columns(head)) + "┐", *(f"│ {fit(line, WIDTH - 1)}│" for line in lines),
+                      "└" + "─" * WIDTH + "┘"])
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:23:45."""
+    whole = int(min(max(0, seconds), 1e9))
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def time_of_day(timestamp: str = "") -> str:
+    """The local time of a server's timestamp, or now with milliseconds."""
+    if not timestamp:
+        return datetime.now().strftime("%H:%M:%S.%f")[:-3]
+    with suppress(ValueError, OverflowError, OSError):
+        return datetime.fromisoformat(timestamp).astimezone().strftime("%H:%M:%S")
+    return "?"
+
+
+def average(total: float, count: int, form: str) -> str:
+    """A mean, or a dash before there is anything to average."""
+    return format(total / count, form) if count else "-"
+
+
+# ---- answer: what is seen of a turn while it runs, on a pipe and on a terminal. The only room that prints answers. ---
+
+
+class Session:
+    """The session that this client is in, as far as it knows."""
+
+    def __init__(self, session_id: str = "", messages: int = 0, seen: str = "") -> None:
+        self.session_id, self.messages = session_id or new_id(), messages
+        self.seen = seen  # a moment of the server's clock at which it had the session; "" before it has
+
+
+class Turn(NamedTuple):
+    """What a POST says: sent again with the same names, it is the same turn."""
+
+    session: Session
+    message: str
+    turn_id: str
+
+
+class Answer:
+    """The answer to a turn: what is known of it, and its bare text on standard output. The rest goes to the other."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn, self.context = turn, turn.session.messages
+        self.model, self.coding = "?", "none"
+        self.chunks = self.received = self.retries = 0  # of this run; of all runs; POSTs after the first
+        self.created = 0  # how often the server made the session
+        self.started, self.first_chunk, self.ended = time.monotonic(), 0.0, 0.0
+        self.cut = ""  # why it was sent again
+        self.recovering = False  # between a cut and the next event
+        self.interrupted = False  # by Ctrl-C
+        self.complete: Event | None = None
+        self.trouble: Exception | None = None  # why it failed
+        self.last = "\n"  # character of the text that was shown
+
+    @property
+    def status(self) -> str:
+        """SUCCESS, STOPPED or FAILED."""
+        if self.complete:
+            return "STOPPED" if self.complete.get("finish_reason") == "cancelled" else "SUCCESS"
+        return "FAILED" if self.trouble else "STOPPED"
+
+    def take(self, event: Event) -> None:
+        """Show an event."""
+        kind = event["type"]
+        self.coding = event.coding if event.line else self.coding
+        self.recovering = kind == "retry"
+        if kind == "session_info":
+            self._open(event)
+        elif kind == "status":
+            self._look_back(event.get("context_messages", 0))
+        elif kind == "chunk":
+            self.chunks, self.received = self.chunks + 1, self.received + 1
+            self.first_chunk = self.first_chunk or time.monotonic()
+            self.text(event["text"])
+        elif kind == "complete":
+            self.complete = event
+        elif kind == "retry":
+            self.retries, self.cut = self.retries + 1, sentence(event["reason"])
+            self.retry(f"🔄 {self.cut} Trying again in {event['seconds']:.1f} s ({event['number']} of {RETRIES}).")
+        elif kind == "resumed":
+            self.wait(f"🔄 {self.cut} Connected again: the answer goes on.")
+
+    def finish(self, trouble: Exception | None = None) -> None:
+        """Nothing more comes."""
+        self.ended, self.trouble = time.monotonic(), trouble
+        session = self.turn.session
+        if self.complete:
+            session.messages = self.complete.get("message_count", session.messages)
+        if isinstance(trouble, SessionDeleted):  # who sends it again after this wants the session anew
+            session.messages, session.seen = 0, ""
+        self.close()
+
+    def _open(self, event: Event) -> None:
+        self.model = event.get("model", self.model)
+        self.created += event.get("created", False)
+        self.turn.session.seen = event.get("timestamp", self.turn.session.seen)
+        if self.chunks:
+            self.chunks, self.first_chunk = 0, 0.0
+            self.anew("🔄 The turn had to be run anew. Here is the new answer from its start.")
+
+    def _look_back(self, context: int) -> None:
+        if context < self.context:
+            self.note(f"⚠ The context is gone: the server has {context} of this session's {self.context} earlier messages, "
+                      "and the model knows no more.")
+        self.context = context
+        self.wait(f"💭 Generating response... (Context: {context} messages)")
+
+    def text(self, text: str) -> None:
+        """A part of the answer."""
+        self.last = text[-1:] or self.last
+        write(escape(text) if sys.stdout.isatty() else text)
+
+    def anew(self, sentence: str) -> None:
+        """What was shown of the answer does not count."""
+        write("\n")
+        self.note(sentence)
+
+    def note(self, sentence: str) -> None:
+        """Something that the user should know."""
+        complain(sentence)
+
+    def retry(self, sentence: str) -> None:
+        """It will be sent again."""
+        self.note(sentence)
+
+    def wait(self, sentence: str) -> None:
+        """Nothing to see yet."""
+
+    def tick(self) -> None:
+        """A tenth of a second has gone by."""
+
+    def close(self) -> None:
+        """Show how it ended."""
+        if self.last != "\n" or (self.complete and not self.received):
+            write("\n")
+        if self.trouble:
+            complain(f"❌ {sentence(self.trouble)}")
+        elif self.status == "STOPPED":
+            complain("The answer was stopped.")
+        elif self.complete and self.complete.get("finish_reason", "stop") != "stop":
+            complain(f"The model ended the answer early ({self.complete['finish_reason']}).")
+
+
+class Lines(Answer):
+    """The lines of the stream, as they came."""
+
+    def take(self, event: Event) -> None:
+        """Print its line; the rest as in a script."""
+        if event.line and sys.stdout.isatty():
+            write(escape(event.line.decode("utf-8", "replace")))
+        elif event.line:
+            sys.stdout.buffer.write(event.line)
+            sys.stdout.buffer.flush()
+        super().take(event)
+
+    def text(self, text: str) -> None:
+        """It is in the line."""
+
+    def anew(self, sentence: str) -> None:
+        """The new session_info line says so, too."""
+        self.note(sentence)
+
+    def close(self) -> None:
+        """Say what is in no line."""
+        if self.trouble:
+            complain(f"❌ {sentence(self.trouble)}")
+
+
+class Screen(Answer):
+    """An answer for a person at a terminal, with a live line while there is nothing else to see."""
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn)
+        self.live, self.frame = "💭 Sending...", 0  # the live line, and the frame of its sign
+        self.drawn = 0  # its columns, as it stands on the screen
+        self.kept = False  # whether it is worth to stay there
+        self.opened = False  # whether the head of the answer is there
+        self.tick()
+
+    def text(self, text: str) -> None:
+        """A part of the answer, with the head before the first."""
+        if self.live:
+            self._settle()
+        if not self.opened:
+            self.opened = True
+            head = f"🤖 AI Response (HTTP Streaming) ({short(self.turn.session.session_id)} - {self.model})"
+            write("\n" + paint("36", one_line(head) + "\n" + RULE) + "\n")
+        super().text(text)
+
+    def anew(self, sentence: str) -> None:
+        """What was shown of the answer does not count: a new head."""
+        self.note(sentence)
+        self.opened = False
+
+    def note(self, sentence: str) -> None:
+        """A line of its own."""
+        self._settle()
+        self._end_line()
+        write(paint("33", sentence) + "\n")
+
+    def retry(self, sentence: str) -> None:
+        """On the live line: many tries take one line."""
+        self.wait(sentence)
+
+    def wait(self, sentence: str) -> None:
+        """Put it on the live line."""
+        if self.retries and self.cut not in sentence:
+            self._settle()
+        self._end_line()
+        self.live, self.kept = sentence, True
+        self.tick()
+
+    def tick(self) -> None:
+        """Draw the live line, with the next frame of its sign."""
+        if self.live:
+            self._erase()
+            self.frame += 1
+            sign, room = FRAMES[self.frame % len(FRAMES)], shutil.get_terminal_size().columns - 1
+            line = fit(f"{sign} {self.live}", room).rstrip()
+            self.drawn = columns(line)
+            write(line)
+
+    def close(self) -> None:
+        """The rule, and a box with the numbers."""
+        self._settle()
+        self._end_line()
+        write((paint("36", RULE) + "\n" if self.opened else "") + "\n")
+        status = self.status
+        title = {"SUCCESS": "COMPLETED"}.get(status, status)
+        rows: dict[str, Any] = {
+            "Total Chunks": self.chunks,
+            "Total Time": f"{self.ended - self.started:.3f}s",
+            "First Chunk": f"{self.first_chunk - self.started:.3f}s" if self.first_chunk else "-",
+            "Context Messages": self.turn.session.messages,
+            "Transfer-Encoding": self.coding,
+            "Status": status,
+        }
+        if self.complete and self.complete.get("finish_reason", "stop") not in ("stop", "cancelled"):
+            rows["Finish Reason"] = self.complete["finish_reason"]
+        if self.retries:
+            rows["Tries"] = self.retries + 1
+        write(paint({"SUCCESS": "32", "STOPPED": "33"}.get(status, "31"),
+                    box(f"📡 HTTP STREAM {title} [{time_of_day()}]", rows)) + "\n")
+        if self.trouble:
+            write(paint("31", f"❌ {sentence(self.trouble)}") + "\n")
+
+    def _erase(self) -> None:
+        if self.drawn:
+            write("\r" + " " * self.drawn + "\r")
+        self.drawn = 0
+
+    def _settle(self) -> None:
+        """Let the live line stay as it is, without its sign."""
+        self._erase()
+        if self.live and self.kept:
+            write(paint("2", escape(self.live)) + "\n")
+        self.live = ""
+
+    def _end_line(self) -> None:
+        if self.last != "\n":
+            write("\n")
+        self.last = "\n"
+
+
+def sentence(trouble: Any) -> str:
+    """What went wrong, as one sentence or more that begin big and end in a full stop; at most 1,000 characters."""
+    text = escape(str(trouble)[:1000]).strip() or "Something went wrong."
+    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
+
+
+def write(text: str) -> None:
+    """To standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    """A line on standard error."""
+    with suppress(OSError):  # nobody reads it
+        print(text, file=sys.stderr, flush=True)
+
+
+def paint(colour: str, text: str) -> str:
+    """The text in a colour (ECMA-48, section 8.3.117), where standard output is a terminal that shows it."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
+
+
+RULE = "─" * 60
+
+
+# ---- client: sends turns, counts them, hears Ctrl-C. It knows no commands. -------------------------------------------
+
+
+@dataclass
+class Statistics:
+    """What this client did since it was started. A recovered stream is one that was cut and came whole all the same."""
+
+    started: float = field(default_factory=time.monotonic)
+    sent: int = 0
+    successful: int = 0  # stopped ones, too
+    recovered: int = 0  # of the successful ones
+    failed: int = 0
+    chunks: int = 0
+    created: int = 0  # sessions
+    seconds: float = 0  # of the successful ones
+
+    def count(self, answer: Answer) -> None:
+        """Add an answer that has ended."""
+        self.chunks += answer.received
+        self.created += answer.created
+        if answer.complete:
+            self.successful += 1
+            self.recovered += answer.retries > 0
+            self.seconds += answer.ended - answer.started
+        else:
+            self.failed += 1
+
+
+class GivenUp(Exception):
+    """Ends a chat that nobody waits for any more."""
+
+
+class Background:
+    """A chat that runs in a thread of its own, so that this one can draw, and hear Ctrl-C, while nothing comes."""
+
+    def __init__(self, chat: Callable[[Callable[[float], None]], Iterator[Event]]) -> None:
+        self.items: Queue[Event | Exception | None] = Queue(1000)  # bounded: a terminal may be slower than a server
+        self.hurry = threading.Event()  # ends all pauses
+        self.given_up = False
+        self.events = chat(self._pause)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _pause(self, seconds: float) -> None:
+        self.hurry.wait(seconds)
+        if self.given_up:
+            raise GivenUp
+
+    def _run(self) -> None:
+        end = None
+        try:
+            for event in self.events:
+                if self.given_up:
+                    return
+                self.items.put(event)
+        except Exception as error:
+            end = error
+        self.items.put(end)
+
+    def give_up(self) -> None:
+        """Let the thread end as soon as it can: it may be waiting for a byte, a pause, or room in the queue."""
+        self.given_up = True
+        self.hurry.set()
+        with suppress(Empty):
+            while True:
+                self.items.get_nowait()
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """The Ctrl-Cs that come meanwhile, as a list that grows: an exception could lose the event that is just taken."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Client:
+    """One user's chat with one server."""
+
+    def __init__(self, api: Api, session: Session, answer: type[Answer]) -> None:
+        self.api, self.session, self.answer = api, session, answer
+        self.statistics = Statistics()
+        self.failed: Turn | None = None  # the last turn, if there is no whole answer to it
+        self.listed: list[str] = []  # session ids, in the order in which the user saw them last
+
+    def send(self, turn: Turn) -> Answer:
+        """Send a turn (again), show its answer, and return that when it has ended, however it ended."""
+        answer = self.answer(turn)
+        chat = Background(lambda pause: self.api.chat(turn.message, turn.session.session_id, turn.turn_id,
+                                                      turn.session.seen, pause))
+        try:
+            with interrupts() as pressed:
+                trouble = self._follow(chat, answer, pressed)
+        except OSError:  # nobody reads the answer
+            self._stop(turn)
+            raise
+        finally:
+            chat.give_up()
+        answer.finish(trouble)
+        self.statistics.count(answer)
+        self.failed = None if answer.complete else turn
+        return answer
+
+    def _follow(self, chat: Background, answer: Answer, pressed: list[int]) -> Exception | None:
+        """Show what comes, until the answer ends; after Ctrl-C, at most for STOP_TIME. Returns why it failed."""
+        deadline = next_try = 0.0
+        while True:
+            if pressed:
+                answer.interrupted, now = True, time.monotonic()
+                deadline = deadline or now + STOP_TIME
+                if now >= next_try:
+                    if self._stop(answer.turn):
+                        next_try = deadline + 1
+                        chat.hurry.set()  # to what was sent before the stop, if the answer was cut
+                    elif answer.recovering:
+                        return None
+                    else:
+                        next_try = now + 0.2  # the POST may be under way
+                if now > deadline or len(pressed) > 1:
+                    return None
+            try:
+                item = chat.items.get(timeout=0.1)
+            except Empty:
+                answer.tick()
+                continue
+            if not isinstance(item, Event):
+                return item
+            answer.take(item)
+
+    def _stop(self, turn: Turn) -> bool:
+        """Ask the server to stop the turn; whether it did."""
+        with suppress(ChatError):
+            return self.api.stop(turn.session.session_id, turn.turn_id)
+        return False
+
+
+# ---- commands: name -> function. Their docstrings are what /help prints. ---------------------------------------------
+
+
+class Quit(Exception):
+    """The user leaves."""
+
+
+def show_help(client: Client) -> None:
+    """Show all commands"""
+    rows = [f"{name + (' N|ID' if name in TAKES_ARGUMENT else ''):13} {function.__doc__}"
+            for name, function in COMMANDS.items()]
+    print("\n" + box("📡 COMMANDS", rows))
+    print('All else is a message. //… sends a message that begins with a slash, """ on a line of its own begins\n'
+          "and ends one of many lines. Ctrl-C stops an answer. Ctrl-D leaves.")
+
+
+def show_stats(client: Client) -> None:
+    """Show client streaming statistics"""
+    own, session = client.statistics, client.session
+    print("\n" + box("📊 CLIENT SESSION STATISTICS", {
+        "Client Session Duration": duration(time.monotonic() - own.started),
+        "Messages Sent": own.sent,
+        "Successful Streams": own.successful,
+        "Recovered Streams": own.recovered,
+        "Failed Streams": own.failed,
+        "Total Chunks Received": own.chunks,
+        "Avg Chunks per Stream": average(own.chunks, own.successful, ".1f"),
+        "Sessions Created": own.created,
+        "Avg Response Time": average(own.seconds, own.successful, ".3f") + ("s" if own.successful else ""),
+        "Current Session": short(session.session_id) if session.seen else "-",
+        "Session Messages": session.messages,
+    }))
+
+
+def show_server(client: Client) -> None:
+    """Display server and streaming statistics"""
+    stats = client.api.stats()
+    mean = stats["average_response_time"]
+    print("\n" + box("📡 HTTP STREAMING SERVER STATISTICS", {
+        "Server Uptime": duration(stats["uptime_seconds"]),
+        "Total Requests": stats["total_requests"],
+        "Successful": stats["successful_requests"],
+        "Failed": stats["failed_requests"],
+        "Active Sessions": stats["active_sessions"],
+        "Active Streams": stats["streaming_connections"],
+        "Total Sessions Created": stats["total_sessions_created"],
+        "Avg Response Time": "-" if mean is None else f"{mean:.3f}s",
+        "Model": stats["model"],
+        "Framework": stats["framework"],
+    }))
+
+
+def show_health(client: Client) -> None:
+    """Check server health and active streams"""
+    health = client.api.health()
+    print("\n" + box("💚 SERVER HEALTH", {
+        "Status": health["status"],
+        "Model": health["model"],
+        "Server Uptime": duration(health["uptime_seconds"]),
+        "Total Requests": health["total_requests"],
+        "Active Sessions": health["active_sessions"],
+        "Active Streams": health["streaming_connections"],
+    }))
+
+
+def open_docs(client: Client) -> None:
+    """Open API documentation in browser"""
+    open_page(client, "/docs", "API documentation")
+
+
+def open_demo(client: Client) -> None:
+    """Open interactive HTTP streaming demo page"""
+    open_page(client, "/demo", "HTTP streaming demo page")
+
+
+def open_page(client: Client, path: str, name: str) -> None:
+    """Open a page of the server in the user's browser; its URL is shown for where there is none."""
+    print(f"📡 Opening {name} in your browser...\n   URL: {client.api.url}{path}", flush=True)
+    if not webbrowser.open(client.api.url + path):
+        print("   There is no browser here: open the URL yourself.")
+
+
+def clear_screen(client: Client) -> None:
+    """Clear screen"""
+    print("\x1b[2J\x1b[3J\x1b[H", end="")  # the screen, what was scrolled off it, and home
+
+
+def leave(client: Client) -> None:
+    """Exit client"""
+    raise Quit
+
+
+def create_session(client: Client) -> None:
+    """Create a new streaming chat session"""
+    answer = client.api.new_session()
+    client.session = Session(answer["session_id"], seen=answer["timestamp"])
+    client.statistics.created += 1
+    print(f"✨ New session created successfully!\n   Session ID: {one_line(short(answer['session_id']))}\n"
+          f"   Model: {one_line(answer['model'])}")
+
+
+def show_session(client: Client) -> None:
+    """Show current session details"""
+    session = client.api.session(known(client).session_id)
+    print("\n" + box("📋 SESSION INFO", {
+        "Session ID": short(session["session_id"]),
+        "Model": session["model"],
+        "Total Messages": session["message_count"],
+        "User Messages": session["user_messages"],
+        "AI Messages": session["model_messages"],
+        "Duration": duration(session["session_duration_seconds"]),
+        "Created": time_of_day(session["created_at"]),
+    }))
+    print(f"To come back later: --session {one_line(session['session_id'])}")
+
+
+def list_sessions(client: Client) -> None:
+    """List all active sessions on server"""
+    sessions = client.api.sessions()
+    client.listed = [session["session_id"] for session in sessions]
+    print("\n" + box(f"📋 ALL ACTIVE SESSIONS ({len(sessions)})", [
+        f"{number}. {short(session['session_id'])} ({session['message_count']} msgs, "
+        f"{duration(session['duration_minutes'] * 60)}, {time_of_day(session['created_at'])})"
+        + (" ← CURRENT" if session["session_id"] == client.session.session_id else "")
+        for number, session in enumerate(sessions, 1)]))
+
+
+def switch_session(client: Client, argument: str) -> None:
+    """Go to session N of /sessions, or to ID"""
+    listed = client.listed or [session["session_id"] for session in client.api.sessions()]
+    if argument.isdecimal() and 0 < int(argument) <= len(listed):
+        argument = listed[int(argument) - 1]
+    elif matches := [session_id for session_id in listed if argument in (session_id, short(session_id))]:
+        argument = matches[0]
+    enter(client, argument)
+
+
+def reset_session(client: Client) -> None:
+    """Clear current session history"""
+    client.api.clear(known(client).session_id)
+    client.session.messages = 0
+    print("🧹 The session's history is cleared.")
+
+
+def delete_session(client: Client) -> None:
+    """Delete current session"""
+    client.api.delete(known(client).session_id)
+    print(f"🧹 The session {short(client.session.session_id)} is deleted. Your next message begins a new one.")
+    client.session = Session()
+
+
+def show_history(client: Client) -> None:
+    """Show the messages of the current session"""
+    for message in client.api.session(known(client).session_id)["messages"]:
+        name = "👤 You" if message["role"] == "user" else "🤖 AI"
+        print("\n" + paint("36", f"{name} [{time_of_day(message['timestamp'])}]"))
+        print(escape(message["text"]))
+
+
+def retry_turn(client: Client) -> None:
+    """Send the last message again, if it has no whole answer"""
+    if not client.failed:
+        raise ChatError("There is nothing to send again: your last message has its answer.")
+    client.session = client.failed.session
+    client.send(client.failed)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "/help": show_help, "/stats": show_stats, "/server": show_server, "/health": show_health, "/docs": open_docs,
+    "/demo": open_demo, "/clear": clear_screen, "/quit": leave, "/new": create_session, "/info": show_session,
+    "/sessions": list_sessions, "/switch": switch_session, "/reset": reset_session, "/delete": delete_session,
+    "/history": show_history, "/retry": retry_turn,
+}
+TAKES_ARGUMENT = {"/switch"}
+
+
+def known(client: Client) -> Session:
+    """The client's session, if the server has it. Raises ChatError."""
+    if not client.session.seen:
+        raise ChatError("There is no session yet: send a message, or /new.")
+    return client.session
+
+
+def enter(client: Client, session_id: str) -> None:
+    """Make a session of the server the current one; where an answer is running there, show it, with its question."""
+    session = client.api.session(session_id)
+    client.session = Session(session_id, session["message_count"], session["last_activity"])
+    print(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
+    turn = session["latest_turn"]
+    if turn and turn["state"] == "running":
+        print(f"   An answer is running there.\n\n{prompt(client)}{escape(turn['message'])}")
+        client.send(Turn(client.session, turn["message"], turn["turn_id"]))
+
+
+def run_command(client: Client, line: str) -> None:
+    """Run a command. Raises ChatError, also where there is no such command."""
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        raise ChatError(f"There is no command {name}. " + (f"Did you mean {near[0]}? " if near else "")
+                        + "/help lists them all; // at the beginning sends the line as a message.")
+    if argument and name not in TAKES_ARGUMENT:
+        raise ChatError(f"{name} takes nothing after it.")
+    if name in TAKES_ARGUMENT and not argument:
+        raise ChatError(f"{name} needs a number of /sessions, or a session's ID.")
+    COMMANDS[name](client, *filter(None, [argument]))
+
+
+# ---- prompt: lines from a person -------------------------------------------------------------------------------------
+
+HISTORY = "~/.streamchat_history"  # JSON strings, since a message may have many lines
+HISTORY_LINES = 1000
+
+
+def prompt(client: Client) -> str:
+    """What stands before the user's line."""
+    return f"You [{short(client.session.session_id)}] › " if client.session.seen else "You › "
+
+
+class Keyboard:
+    """Lines with editing, history and completion, where Python has readline."""
+
+    def __init__(self) -> None:
+        self.path = Path(HISTORY).expanduser()
+        self.readline: Any = None
+        with suppress(ImportError):  # Windows; and imported only here, since for some terminals it prints at once
+            import readline
+
+            self.readline = readline
+            self._set_up()
+
+    def _set_up(self) -> None:
+        readline = self.readline
+        readline.set_auto_history(False)
+        readline.set_completer(lambda text, state: [*filter(lambda name: name.startswith(text), COMMANDS), None][state])
+        readline.set_completer_delims(" ")
+        if "libedit" in (readline.__doc__ or ""):
+            readline.parse_and_bind("bind ^I rl_complete")
+        else:
+            readline.parse_and_bind("tab: complete")
+            readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted newline then is text, and no Enter
+        with suppress(OSError, ValueError):  # there is none yet, or it is not ours
+            self.path.chmod(0o600)
+            for line in self.path.read_text("utf-8").splitlines()[-HISTORY_LINES:]:
+                readline.add_history(json.loads(line))
+
+    def read(self, before: str) -> str:
+        """A line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
+        colour = paint("1;36", before)
+        if self.readline:  # it must know what takes no room on the screen
+            colour = re.sub(r"\x1b\[[0-9;]*m", "\x01\\g<0>\x02", colour)
+        return input(colour)
+
+    def read_message(self, before: str) -> str:
+        """A line, or what stands between two lines of three quotes. Only a command begins with one slash."""
+        text = self.read(before)
+        if text.strip() == '"""':
+            text = "\n".join(iter(lambda: self.read("... ").rstrip(), '"""'))
+            if text.startswith("/"):
+                text = "/" + text
+        self._remember(text)
+        return text
+
+    def _remember(self, text: str) -> None:
+        if self.readline and text.strip():
+            self.readline.add_history(text)
+            with suppress(OSError), open(self.path, "a", encoding="utf-8",
+                                         opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(json.dumps(text) + "\n")
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+
+def chat(client: Client) -> None:
+    """Chat with a person, until they leave."""
+    keyboard, leaving = Keyboard(), False
+    while True:
+        try:
+            text = keyboard.read_message(prompt(client))
+            leaving = False
+            if text.strip():
+                act(client, text)
+        except ChatError as error:
+            print(paint("31", f"❌ {sentence(error)}"))
+        except KeyboardInterrupt:
+            if leaving:
+                return
+            leaving = True
+            print("\n(Ctrl-C again, or Ctrl-D, leaves.)")
+        except (EOFError, Quit):
+            return
+
+
+def act(client: Client, text: str) -> None:
+    """Do what a line says: a command after one slash, else a message."""
+    if text.startswith("/") and not text.startswith("//"):
+        run_command(client, text)
+        return
+    client.statistics.sent += 1
+    answer = client.send(Turn(client.session, text.removeprefix("/"), new_id()))
+    if client.failed and not answer.interrupted:
+        print("   /retry sends your message again.")
+
+
+def greet(client: Client, session_id: str | None) -> None:
+    """Find the server, and the session to go on with. Raises Refused, for a wrong token, say."""
+    print(paint("1", "📡 STREAMABLE HTTP CHAT CLIENT 📡"))
+    try:
+        stats = client.api.stats()
+        print(f"🎉 Connected to {client.api.url} ({one_line(stats['model'])})\n"
+              "📡 HTTP chunked streaming enabled - responses will appear as they're generated!")
+        if session_id:
+            enter(client, session_id)
+    except Lost as error:
+        print(paint("33", f"⚠ No server at {client.api.url}: {error}. Start one: python3 streamchat_server.py"))
+    except Refused as error:
+        if error.code != "session_not_found":
+            raise
+        print(f"📋 Session {short(client.session.session_id)} begins with your first message.")
+    print("   /help lists the commands.\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """A wrong one ends the program with status 2."""
+    parser = argparse.ArgumentParser(description="Chat over streamable HTTP, at a terminal or in a script.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (%(default)s)")
+    parser.add_argument("--session", metavar="ID", help="go on with this session, or begin it")
+    parser.add_argument("--token", metavar="T", help="the server's token (default: STREAMCHAT_TOKEN)")
+    parser.add_argument("--json", action="store_true", help="print the lines of the stream instead of the answer")
+    parser.add_argument("message", metavar="MESSAGE", nargs="?", help="print the answer to this, and to standard input "
+                        "where that is piped, and end")
+    arguments = parser.parse_args()
+    arguments.token = arguments.token or os.environ.get("STREAMCHAT_TOKEN") or None
+    if arguments.session is not None and not ID.fullmatch(arguments.session):
+        parser.error("--session must be 1 to 64 of A-Z, a-z, 0-9, _ and -, but not new")
+    if arguments.token and not TOKEN.fullmatch(arguments.token):
+        parser.error("the token must be printable ASCII without spaces")
+    try:
+        arguments.api = Api(arguments.url, arguments.token)
+    except ValueError as error:
+        parser.error(f"--url: {escape(str(error))}")
+    arguments.interactive = not (arguments.json or arguments.message) and sys.stdin.isatty() and sys.stdout.isatty()
+    if not arguments.interactive:
+        try:
+            arguments.message = read_message(arguments.message)
+        except UnicodeDecodeError:
+            parser.error("standard input is not UTF-8")
+        if not arguments.message.strip():
+            parser.error("there is no message")
+    return arguments
+
+
+def read_message(argument: str | None) -> str:
+    """The argument, and what is piped: after one newline, as it is."""
+    if argument and sys.stdin.isatty():
+        return argument
+    piped = sys.stdin.buffer.read().decode()
+    return "\n".join(filter(None, [argument, piped]))
+
+
+def main() -> int:
+    """The exit status: 0, or 1 when no full answer came; 130 after Ctrl-C in a script; 2 for wrong arguments."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # for the whole run
+    sys.stdout, sys.stderr = map(output, (sys.stdout, sys.stderr))
+    try:
+        arguments = parse_arguments()
+        session = Session(arguments.session)
+        if arguments.interactive:
+            return interact(Client(arguments.api, session, Screen), arguments.session)
+        client = Client(arguments.api, session, Lines if arguments.json else Answer)
+        answer = client.send(Turn(session, arguments.message, new_id()))
+        return 130 if answer.interrupted else 0 if answer.status == "SUCCESS" else 1
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:  # of standard output; those of the network are ChatErrors
+        if not isinstance(error, BrokenPipeError):
+            complain(f"❌ Cannot write the answer: {sentence(error.strerror)}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails, too
+        return 1
+
+
+def output(stream: Any) -> Any:
+    """A stream that takes all: also where it was closed before the start, or has no sign for an emoji."""
+    stream = stream or open(os.devnull, "w")  # noqa: SIM115
+    stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def interact(client: Client, session_id: str | None) -> int:
+    """Chat at the terminal. The exit status."""
+    if os.name == "nt":
+        os.system("")  # makes a Windows console read escape sequences
+    try:
+        greet(client, session_id)
+    except ChatError as error:
+        complain(f"❌ {sentence(error)}")
+        return 1
+    chat(client)
+    show_stats(client)
+    if client.session.seen:
+        print(f"To go on later: --session {client.session.session_id}")
+    print("👋 Goodbye!")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,7 +40,7 @@ import unicodedata
 import uuid
 import webbrowser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -535,7 +535,7 @@ def fit(text: str, width: int) -> str:
 
 def short(session_id: str) -> str:
     """A session's id as the prompt and the boxes show it."""
-    return session_id if len(session_id) <= 11 else session_id[:8] + "..."
+    return one_line(session_id if len(session_id) <= 11 else session_id[:8] + "...")
 
 
 def box(title: str, rows: dict[str, Any] | list[str]) -> str:
@@ -649,8 +649,7 @@ class Answer:
 
     def _look_back(self, context: int) -> None:
         if context < self.context:
-            self.note(f"⚠ The context is gone: the server has {context} of this session's {self.context} earlier messages, "
-                      "and the model knows no more.")
+            self.note(f"⚠ The context is gone: the server has {context} of {self.context} earlier messages.")
         self.context = context
         self.wait(f"💭 Generating response... (Context: {context} messages)")
 
@@ -677,6 +676,10 @@ class Answer:
 
     def tick(self) -> None:
         """A tenth of a second has gone by."""
+
+    def attention(self) -> AbstractContextManager[None]:
+        """For the time in which the answer comes."""
+        return nullcontext()
 
     def close(self) -> None:
         """Show how it ended."""
@@ -768,6 +771,10 @@ class Screen(Answer):
             line = fit(f"{sign} {self.live}", room).rstrip()
             self.drawn = columns(line)
             write(line)
+
+    def attention(self) -> AbstractContextManager[None]:
+        """For the time in which the answer comes."""
+        return no_echo()
 
     def close(self) -> None:
         """The rule, and a box with the numbers."""
@@ -906,6 +913,24 @@ class Background:
 
 
 @contextmanager
+def no_echo() -> Iterator[None]:
+    """What is typed into an answer does not show in it, but at the next prompt."""
+    try:
+        import termios
+    except ImportError:  # Windows, where nothing is shown before it is read
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    during = [*before]
+    during[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, during)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+@contextmanager
 def interrupts() -> Iterator[list[int]]:
     """The Ctrl-Cs that come meanwhile, as a list that grows: an exception could lose the event that is just taken."""
     pressed: list[int] = []
@@ -931,7 +956,7 @@ class Client:
         chat = Background(lambda pause: self.api.chat(turn.message, turn.session.session_id, turn.turn_id,
                                                       turn.session.seen, pause))
         try:
-            with interrupts() as pressed:
+            with interrupts() as pressed, answer.attention():
                 trouble = self._follow(chat, answer, pressed)
         except OSError:  # nobody reads the answer
             self._stop(turn)
@@ -985,11 +1010,10 @@ class Quit(Exception):
 
 def show_help(client: Client) -> None:
     """Show all commands"""
-    rows = [f"{name + (' N|ID' if name in TAKES_ARGUMENT else ''):13} {function.__doc__}"
-            for name, function in COMMANDS.items()]
-    print("\n" + box("📡 COMMANDS", rows))
-    print('All else is a message. //… sends a message that begins with a slash, """ on a line of its own begins\n'
-          "and ends one of many lines. Ctrl-C stops an answer. Ctrl-D leaves.")
+    rows = {name + (" N|ID" if name in TAKES_ARGUMENT else ""): function.__doc__ for name, function in COMMANDS.items()}
+    rows |= {"//text": "Send a message that begins with a slash", '"""': "Begin, and end, a message of many lines",
+             "Ctrl-C": "Stop the answer", "Ctrl-D": "Exit client"}
+    print("\n" + box("📡 COMMANDS", [f"{name:13} {what}" for name, what in rows.items()]))
 
 
 def show_stats(client: Client) -> None:
@@ -1073,7 +1097,7 @@ def create_session(client: Client) -> None:
     answer = client.api.new_session()
     client.session = Session(answer["session_id"], seen=answer["timestamp"])
     client.statistics.created += 1
-    print(f"✨ New session created successfully!\n   Session ID: {one_line(short(answer['session_id']))}\n"
+    print(f"✨ New session created successfully!\n   Session ID: {short(answer['session_id'])}\n"
           f"   Model: {one_line(answer['model'])}")
 
 
@@ -1129,16 +1153,18 @@ def delete_session(client: Client) -> None:
 
 def show_history(client: Client) -> None:
     """Show the messages of the current session"""
-    for message in client.api.session(known(client).session_id)["messages"]:
+    messages = client.api.session(known(client).session_id)["messages"]
+    print(f"📋 {len(messages)} messages")
+    for message in messages:
         name = "👤 You" if message["role"] == "user" else "🤖 AI"
         print("\n" + paint("36", f"{name} [{time_of_day(message['timestamp'])}]"))
         print(escape(message["text"]))
 
 
 def retry_turn(client: Client) -> None:
-    """Send the last message again, if it has no whole answer"""
+    """Send a message that failed again"""
     if not client.failed:
-        raise ChatError("There is nothing to send again: your last message has its answer.")
+        raise ChatError("There is nothing to send again: no message has failed.")
     client.session = client.failed.session
     client.send(client.failed)
 
@@ -1176,8 +1202,8 @@ def run_command(client: Client, line: str) -> None:
     argument = argument.strip()
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-        raise ChatError(f"There is no command {name}. " + (f"Did you mean {near[0]}? " if near else "")
-                        + "/help lists them all; // at the beginning sends the line as a message.")
+        hint = f"Did you mean {near[0]}?" if near else "/help lists them all."
+        raise ChatError(f"There is no command {name}. {hint}")
     if argument and name not in TAKES_ARGUMENT:
         raise ChatError(f"{name} takes nothing after it.")
     if name in TAKES_ARGUMENT and not argument:
@@ -1256,6 +1282,7 @@ def chat(client: Client) -> None:
     keyboard, leaving = Keyboard(), False
     while True:
         try:
+            print()
             text = keyboard.read_message(prompt(client))
             leaving = False
             if text.strip():
@@ -1297,7 +1324,7 @@ def greet(client: Client, session_id: str | None) -> None:
         if error.code != "session_not_found":
             raise
         print(f"📋 Session {short(client.session.session_id)} begins with your first message.")
-    print("   /help lists the commands.\n")
+    print("   /help lists the commands.")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1378,7 +1405,7 @@ def interact(client: Client, session_id: str | None) -> int:
     chat(client)
     show_stats(client)
     if client.session.seen:
-        print(f"To go on later: --session {client.session.session_id}")
+        print(f"To go on later: --session {one_line(client.session.session_id)}")
     print("👋 Goodbye!")
     return 0
 

@@ -59,6 +59,7 @@ LAST_CHUNK_TIME = 1  # seconds for the last transfer chunk, which is sent togeth
 RETRIES = 8  # after the first POST, and after each new chunk
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.2, 5, 60  # seconds
 RETRIED = {408, 429, 502, 503, 504}  # statuses that the same request may not get again
+MAX_HEAD = 1000  # lines; http.client allows 100 for each head
 MAX_LINE = 64 << 10  # bytes: the protocol's lines are shorter
 MAX_ANSWER = 64 << 20  # bytes of an answer that is no stream: a session's history has no limit of its own
 READ_SIZE = 64 << 10  # bytes
@@ -66,13 +67,14 @@ FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"  # of the sign that something is await
 WIDTH = 62  # columns inside a box
 
 ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")
-URL = re.compile(r"https?://[^/?#@\s]+(/[!-~]*)?", re.IGNORECASE)
+URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # without user, query and fragment
 TOKEN = re.compile(r"[!-~]+")
 
 EVENTS = {  # the types, each with the fields without which a client can't go on; the others may be missing
     "session_info": "", "status": "", "chunk": "text chunk_number", "complete": "", "error": "message", "ping": "",
 }
 TERMINAL = ("complete", "error")
+NONSENSE = "The server sent {}. Is it a server of this protocol?"
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "session_id": str, "model": str, "created": bool, "timestamp": str, "context_messages": int, "text": str,
     "chunk_number": int, "finish_reason": str, "total_chunks": int, "message_count": int, "message": str, "code": str,
@@ -143,11 +145,13 @@ class Response(HTTPResponse):
 
     def begin(self) -> None:
         file: Any = self.fp
-        line = b""
+        line, count = b"", 0
 
         def readline(limit: int) -> bytes:
-            nonlocal line
-            line = file.readline(limit)
+            nonlocal line, count
+            line, count = file.readline(limit), count + 1
+            if count > MAX_HEAD:  # of 100 (Continue), say, which http.client skips without end
+                raise HTTPException("a head without an end")
             return line
 
         self.fp: Any = SimpleNamespace(readline=readline, close=file.close)
@@ -158,7 +162,7 @@ class Response(HTTPResponse):
                 raise IncompleteRead(line) from None
             raise
         finally:
-            self.fp = file
+            self.fp = self.fp and file  # None where a bad status line has closed it
         if not line.endswith(b"\n"):
             raise IncompleteRead(line)
 
@@ -184,22 +188,22 @@ def read_events(response: HTTPResponse) -> Iterator[Event]:
             yield event
             if event["type"] in TERMINAL:
                 return
-        if len(rest) >= MAX_LINE:
-            raise BadServer("The server sent a line without an end. Is it a server of this protocol?")
+        if len(rest) >= MAX_LINE or rest.lstrip()[:1] not in (b"", b"{"):  # it will be no event: that is enough to know
+            parse_event(rest)
 
 
 def parse_event(line: bytes) -> Event:
     """A line as an event. Raises BadServer."""
-    if len(line) > MAX_LINE:
-        raise BadServer("The server sent a line of more than 64 KiB. Is it a server of this protocol?")
+    if len(line) >= MAX_LINE:
+        raise BadServer(NONSENSE.format("a line of more than 64 KiB"))
     event = Event(parse_object(line, "a line"))
     event.line = line
     kind = event.get("type")
     if not isinstance(kind, str):
-        raise BadServer("The server sent a line without a type. Is it a server of this protocol?")
+        raise BadServer(NONSENSE.format("an event without a type"))
     if kind in EVENTS:
         needed = EVENTS[kind].split()
-        check(event, f"{kind} event", [*needed, *(name for name in event if name in FIELDS)])
+        check(event, f"an event of type {kind}", [*needed, *(name for name in event if name in FIELDS)])
     return event
 
 
@@ -208,9 +212,9 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise BadServer(f"The server sent {what} that is not JSON. Is it a server of this protocol?") from error
+        raise BadServer(NONSENSE.format(f"{what} that is not JSON")) from error
     if not isinstance(value, dict):
-        raise BadServer(f"The server sent {what} that is not a JSON object. Is it a server of this protocol?")
+        raise BadServer(NONSENSE.format(f"{what} that is not a JSON object"))
     return value
 
 
@@ -218,7 +222,7 @@ def check(value: Any, what: str, names: list[str]) -> None:
     """Raise BadServer unless these fields are there, each of its type."""
     for name in names:
         if not isinstance(value, dict) or not isinstance(value.get(name), FIELDS[name]):
-            raise BadServer(f"The server sent a {what} whose field {name} is missing or wrong.")
+            raise BadServer(NONSENSE.format(f"{what} whose {name} is missing or wrong"))
 
 
 def reason(error: Exception) -> str:
@@ -233,15 +237,15 @@ def reason(error: Exception) -> str:
 
 
 def read_body(response: HTTPResponse, limit: int) -> bytes:
-    """The whole body of an answer that is no stream. Raises Lost where it was cut, BadServer where it is too long."""
+    """The body of an answer that is no stream, or its first `limit` bytes. Raises Lost where it was cut."""
     try:
-        body = response.read(limit + 1)
+        body = response.read(limit)
     except (OSError, HTTPException) as error:
         raise Lost(reason(error)) from error
+    except ValueError as error:  # a transfer chunk of less than no bytes
+        raise BadServer(NONSENSE.format("an answer that is not HTTP")) from error
     length = response.headers.get("Content-Length", "")
-    if len(body) > limit:
-        raise BadServer("The server's answer does not end. Is it a server of this protocol?")
-    if length.isdecimal() and len(body) < int(length):
+    if len(body) < limit and length.isdecimal() and len(body) < int(length[:20]):
         raise Lost("the connection broke")
     return body
 
@@ -266,7 +270,7 @@ def seconds_of(retry_after: str) -> float:
     """The seconds that a Retry-After field asks for, as a number or a date (RFC 9110, section 10.2.3); else 0."""
     if retry_after.isdecimal():
         return float(retry_after[:9])
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, OverflowError):
         return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
     return 0
 
@@ -294,7 +298,9 @@ class Api:
         if not URL.fullmatch(url):
             raise ValueError(f"{url!r} is not like http://HOST:PORT")
         parts = urlsplit(url)
-        host, secure = parts.hostname or "", parts.scheme == "https"
+        host, secure = parts.hostname, parts.scheme == "https"
+        if not host or parts.port == 0:
+            raise ValueError(f"{url!r} has no host, or no port")
         host.encode("idna")  # raises ValueError here rather than when it connects
         self.url, self._path = url.rstrip("/"), parts.path.rstrip("/")
         self._kind = HTTPSConnection if secure else HTTPConnection
@@ -393,7 +399,7 @@ class Api:
         """All sessions, last active first."""
         sessions = self._ask("GET", "/sessions", "sessions")["sessions"]
         for session in sessions:
-            check(session, "session", ["session_id", "message_count", "duration_minutes", "created_at"])
+            check(session, "a session", ["session_id", "message_count", "duration_minutes", "created_at"])
         return sessions
 
     def session(self, session_id: str) -> dict[str, Any]:
@@ -402,9 +408,9 @@ class Api:
                             "session_id model message_count user_messages model_messages session_duration_seconds "
                             "created_at last_activity messages latest_turn")
         for message in session["messages"]:
-            check(message, "message", ["role", "text", "timestamp"])
+            check(message, "a message", ["role", "text", "timestamp"])
         if session["latest_turn"]:
-            check(session["latest_turn"], "turn", ["turn_id", "state", "message"])
+            check(session["latest_turn"], "a turn", ["turn_id", "state", "message"])
         return session
 
     def clear(self, session_id: str) -> None:
@@ -433,14 +439,14 @@ class Api:
             yield from read_events(response)
 
     def _ask(self, method: str, path: str, fields: str = "", body: dict[str, Any] | None = None,
-             silence: float = SILENCE) -> dict[str, Any]:
+             silence: float = 0) -> dict[str, Any]:
         with self._exchange(method, path, body, silence) as response:
             answer = parse_object(read_body(response, MAX_ANSWER), "an answer")
-        check(answer, f"answer to {method} {path}", fields.split())
+        check(answer, f"an answer to {method} {path}", fields.split())
         return answer
 
     @contextmanager
-    def _exchange(self, method: str, path: str, body: Any = None, silence: float = SILENCE) -> Iterator[HTTPResponse]:
+    def _exchange(self, method: str, path: str, body: Any = None, silence: float = 0) -> Iterator[HTTPResponse]:
         """Send a request and give its response. Afterwards the connection is kept, if the response was read whole."""
         connection, response = self._send(method, path, body, silence)
         refusal = None
@@ -466,10 +472,10 @@ class Api:
             reused = self._idle.pop() if self._idle else None
             connection = reused or self._kind(*self._address)
             connection.response_class = Response
-            connection.timeout = silence
+            connection.timeout = silence or SILENCE
             try:
                 if reused:
-                    reused.sock.settimeout(silence)
+                    reused.sock.settimeout(connection.timeout)
                 else:
                     connection.connect()
                 with suppress(BrokenPipeError, ConnectionResetError):  # an answer that was sent early is there to read
@@ -833,7 +839,7 @@ def write(text: str) -> None:
 def complain(text: str) -> None:
     """A line on standard error."""
     with suppress(OSError):  # nobody reads it
-        print(text, file=sys.stderr, flush=True)
+        print(escape(text), file=sys.stderr, flush=True)
 
 
 def paint(colour: str, text: str) -> str:
@@ -1249,6 +1255,10 @@ class Keyboard:
             for line in self.path.read_text("utf-8").splitlines()[-HISTORY_LINES:]:
                 readline.add_history(json.loads(line))
 
+    def typed(self) -> str:
+        """What is in the line that Ctrl-C has ended."""
+        return self.readline.get_line_buffer() if self.readline else ""
+
     def read(self, before: str) -> str:
         """A line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
         colour = paint("1;36", before)
@@ -1290,7 +1300,7 @@ def chat(client: Client) -> None:
         except ChatError as error:
             print(paint("31", f"❌ {sentence(error)}"))
         except KeyboardInterrupt:
-            if leaving:
+            if leaving and not keyboard.typed():
                 return
             leaving = True
             print("\n(Ctrl-C again, or Ctrl-D, leaves.)")

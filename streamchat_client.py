@@ -158,7 +158,7 @@ class Response(HTTPResponse):
         try:
             super().begin()
         except BadStatusLine:
-            if line and not line.endswith(b"\n"):
+            if line and not line.endswith(b"\n") and b"HTTP/".startswith(line[:5]):
                 raise IncompleteRead(line) from None
             raise
         finally:
@@ -456,7 +456,7 @@ class Api:
             else:
                 refusal = read_refusal(response)
         except BaseException:  # what was not read of this answer would be taken for the next one
-            connection.close()
+            close(connection, response)
             raise
         self._keep(connection, response)
         if refusal:
@@ -497,7 +497,13 @@ class Api:
         if connection.sock and response.isclosed() and not self._idle:
             self._idle.append(connection)
         else:
-            connection.close()
+            close(connection, response)
+
+
+def close(connection: HTTPConnection, response: HTTPResponse) -> None:
+    """Close both: the response has the socket where its end is that of the connection."""
+    response.close()
+    connection.close()
 
 
 def new_id() -> str:
@@ -605,7 +611,7 @@ class Answer:
         self.interrupted = False  # by Ctrl-C
         self.complete: Event | None = None
         self.trouble: Exception | None = None  # why it failed
-        self.last = "\n"  # character of the text that was shown
+        self.last = ""  # character of the text that was shown
 
     @property
     def status(self) -> str:
@@ -689,7 +695,7 @@ class Answer:
 
     def close(self) -> None:
         """Show how it ended."""
-        if self.last != "\n" or (self.complete and not self.received):
+        if self.last != "\n" and (self.last or self.complete):
             write("\n")
         if self.trouble:
             complain(f"❌ {sentence(self.trouble)}")
@@ -819,14 +825,14 @@ class Screen(Answer):
         self.live = ""
 
     def _end_line(self) -> None:
-        if self.last != "\n":
+        if self.last not in ("", "\n"):
             write("\n")
-        self.last = "\n"
+        self.last = ""
 
 
 def sentence(trouble: Any) -> str:
-    """What went wrong, as one sentence or more that begin big and end in a full stop; at most 1,000 characters."""
-    text = escape(str(trouble)[:1000]).strip() or "Something went wrong."
+    """What went wrong, as sentences on one line; at most 1,000 characters."""
+    text = escape(" ".join(str(trouble)[:1000].split())) or "something went wrong"
     return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
 
 
@@ -1249,7 +1255,8 @@ class Keyboard:
             readline.parse_and_bind("bind ^I rl_complete")
         else:
             readline.parse_and_bind("tab: complete")
-            readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted newline then is text, and no Enter
+            if os.environ.get("TERM") != "dumb":
+                readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted newline is text then, and no Enter
         with suppress(OSError, ValueError):  # there is none yet, or it is not ours
             self.path.chmod(0o600)
             for line in self.path.read_text("utf-8").splitlines()[-HISTORY_LINES:]:

@@ -306,27 +306,29 @@ class Api:
         self._kind = HTTPSConnection if secure else HTTPConnection
         self._address = host, parts.port or self._kind.default_port
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        self._start_time = ""  # of the server, when it was asked last
         self._idle: list[HTTPConnection] = []  # at most one; a list, since its pop() is safe between threads
 
-    def chat(self, message: str, session_id: str | None = None, turn_id: str | None = None, seen: str = "",
-             pause: Callable[[float], Any] = time.sleep) -> Iterator[Event]:
+    def chat(self, message: str, session_id: str | None = None, turn_id: str | None = None,
+             known: bool = False, pause: Callable[[float], Any] = time.sleep) -> Iterator[Event]:
         """Send a message, and yield the events of its turn, each once, to the `complete` one; else raise ChatError.
 
         After a cut the same POST is sent again. Beside the server's events, this yields `retry` (`reason`, `number`,
         `seconds` until it) before it is sent, and `resumed` when the same run goes on. A second `session_info` means
-        another run: what came before it is dropped. An `error` with `retryable` is the last event only if all tries
-        were in vain.
+        another run: what came before it is dropped. After an `error` comes a `retry` or TurnFailed.
 
-        `seen` is a moment of the server's clock at which it had the session: then a session that is deleted meanwhile
-        is not made anew, but SessionDeleted raised. `pause` waits for so many seconds; it may raise to end all this.
+        `known` says that the server has the session. When it has, and the session is deleted meanwhile, it is not made
+        anew, but SessionDeleted raised. `pause` waits for so many seconds; it may raise to end all this.
         """
+        if not self._start_time:
+            with suppress(ChatError):
+                self.stats()
         body = {"message": message, "session_id": session_id or new_id(), "turn_id": turn_id or new_id()}
         received, tries, most = Received(), 0, 0
         while True:
             try:
                 for event in self._receive(body, received):
-                    if event["type"] == "session_info":
-                        seen = event.get("timestamp", seen)
+                    known = known or event["type"] == "session_info"
                     if received.chunks > most:
                         tries, most = 0, received.chunks
                     yield event
@@ -340,7 +342,7 @@ class Api:
             tries += 1
             yield Event(type="retry", reason=str(trouble), number=tries, seconds=seconds)
             pause(seconds)
-            if seen and self._was_deleted(body["session_id"], seen):
+            if known and self._was_deleted(body["session_id"]):
                 raise SessionDeleted("The session was deleted meanwhile, and the answer with it.")
 
     def _receive(self, body: dict[str, str], received: Received) -> Iterator[Event]:
@@ -373,22 +375,20 @@ class Api:
         if event.get("total_chunks", received.chunks) != received.chunks:
             raise StreamCut("a part of the stream is missing")
 
-    def _was_deleted(self, session_id: str, seen: str) -> bool:
-        """Whether a session that was there at `seen` is gone, though the server is still the one of that time."""
-        try:
-            self.session(session_id)
-        except Refused as error:
-            if error.status == 404:
-                with suppress(ChatError, ValueError, TypeError):  # no times that can be compared: nobody knows
-                    return datetime.fromisoformat(self.stats()["start_time"]) <= datetime.fromisoformat(seen)
-        except ChatError:
-            pass  # the POST will tell
+    def _was_deleted(self, session_id: str) -> bool:
+        """Whether a session is gone, though the server was not restarted."""
+        before = self._start_time
+        with suppress(Lost, BadServer):  # the POST will tell
+            try:
+                self.session(session_id)
+            except Refused as error:
+                return error.status == 404 and self.stats()["start_time"] == before
         return False
 
     def stop(self, session_id: str, turn_id: str | None = None) -> bool:
         """Stop the running turn, or only the one that is named. False where it was not running."""
         body = {"turn_id": turn_id} if turn_id else None
-        return self._ask("POST", f"/sessions/{quote(session_id, safe='')}/stop", "stopped", body, STOP_TIME)["stopped"]
+        return self._ask("POST", path_of(session_id, "/stop"), "stopped", body, STOP_TIME)["stopped"]
 
     def new_session(self, session_id: str | None = None, model_id: str | None = None) -> dict[str, Any]:
         """Create a session."""
@@ -404,7 +404,7 @@ class Api:
 
     def session(self, session_id: str) -> dict[str, Any]:
         """One session, with its `messages`, and its `latest_turn` while that is kept."""
-        session = self._ask("GET", f"/sessions/{quote(session_id, safe='')}",
+        session = self._ask("GET", path_of(session_id),
                             "session_id model message_count user_messages model_messages session_duration_seconds "
                             "created_at last_activity messages latest_turn")
         for message in session["messages"]:
@@ -415,11 +415,11 @@ class Api:
 
     def clear(self, session_id: str) -> None:
         """Forget the messages of a session."""
-        self._ask("POST", f"/sessions/{quote(session_id, safe='')}/clear")
+        self._ask("POST", path_of(session_id, "/clear"))
 
     def delete(self, session_id: str) -> None:
         """Delete a session."""
-        self._ask("DELETE", f"/sessions/{quote(session_id, safe='')}")
+        self._ask("DELETE", path_of(session_id))
 
     def health(self) -> dict[str, Any]:
         """Is the server alive, and what does it do. Needs no token."""
@@ -427,7 +427,10 @@ class Api:
 
     def stats(self) -> dict[str, Any]:
         """The server's counters and averages."""
-        return self._ask("GET", "/stats", HEALTH + " total_sessions_created average_response_time start_time framework")
+        stats = self._ask("GET", "/stats",
+                          HEALTH + " total_sessions_created average_response_time start_time framework")
+        self._start_time = stats["start_time"]
+        return stats
 
     def close(self) -> None:
         """Close the connection that is kept."""
@@ -506,6 +509,11 @@ def close(connection: HTTPConnection, response: HTTPResponse) -> None:
     connection.close()
 
 
+def path_of(session_id: str, what: str = "") -> str:
+    """The path of a session, whose id may be anything that a server sent."""
+    return f"/sessions/{quote(session_id, safe='')}{what}"
+
+
 def new_id() -> str:
     """A name for a session or a turn."""
     return str(uuid.uuid4())
@@ -564,10 +572,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def time_of_day(timestamp: str = "") -> str:
-    """The local time of a server's timestamp, or now with milliseconds."""
-    if not timestamp:
-        return datetime.now().strftime("%H:%M:%S.%f")[:-3]
+def time_of_day(timestamp: str) -> str:
+    """The local time of a server's timestamp."""
     with suppress(ValueError, OverflowError, OSError):
         return datetime.fromisoformat(timestamp).astimezone().strftime("%H:%M:%S")
     return "?"
@@ -584,9 +590,9 @@ def average(total: float, count: int, form: str) -> str:
 class Session:
     """The session that this client is in, as far as it knows."""
 
-    def __init__(self, session_id: str = "", messages: int = 0, seen: str = "") -> None:
+    def __init__(self, session_id: str = "", messages: int = 0, known: bool = False) -> None:
         self.session_id, self.messages = session_id or new_id(), messages
-        self.seen = seen  # a moment of the server's clock at which it had the session; "" before it has
+        self.known = known  # whether the server has it
 
 
 class Turn(NamedTuple):
@@ -598,7 +604,7 @@ class Turn(NamedTuple):
 
 
 class Answer:
-    """The answer to a turn: what is known of it, and its bare text on standard output. The rest goes to the other."""
+    """An answer while it comes. Its bare text goes to standard output, everything else to standard error."""
 
     def __init__(self, turn: Turn) -> None:
         self.turn, self.context = turn, turn.session.messages
@@ -610,7 +616,7 @@ class Answer:
         self.recovering = False  # between a cut and the next event
         self.interrupted = False  # by Ctrl-C
         self.complete: Event | None = None
-        self.trouble: Exception | None = None  # why it failed
+        self.trouble: ChatError | None = None  # why it failed
         self.last = ""  # character of the text that was shown
 
     @property
@@ -636,25 +642,25 @@ class Answer:
         elif kind == "complete":
             self.complete = event
         elif kind == "retry":
-            self.retries, self.cut = self.retries + 1, sentence(event["reason"])
+            self.retries, self.cut = self.retries + 1, as_sentence(event["reason"])
             self.retry(f"🔄 {self.cut} Trying again in {event['seconds']:.1f} s ({event['number']} of {RETRIES}).")
         elif kind == "resumed":
             self.wait(f"🔄 {self.cut} Connected again: the answer goes on.")
 
-    def finish(self, trouble: Exception | None = None) -> None:
+    def finish(self, trouble: ChatError | None) -> None:
         """Nothing more comes."""
         self.ended, self.trouble = time.monotonic(), trouble
         session = self.turn.session
         if self.complete:
             session.messages = self.complete.get("message_count", session.messages)
         if isinstance(trouble, SessionDeleted):  # who sends it again after this wants the session anew
-            session.messages, session.seen = 0, ""
+            session.messages, session.known = 0, False
         self.close()
 
     def _open(self, event: Event) -> None:
         self.model = event.get("model", self.model)
         self.created += event.get("created", False)
-        self.turn.session.seen = event.get("timestamp", self.turn.session.seen)
+        self.turn.session.known = True
         if self.chunks:
             self.chunks, self.first_chunk = 0, 0.0
             self.anew("🔄 The turn had to be run anew. Here is the new answer from its start.")
@@ -698,7 +704,7 @@ class Answer:
         if self.last != "\n" and (self.last or self.complete):
             write("\n")
         if self.trouble:
-            complain(f"❌ {sentence(self.trouble)}")
+            complain(f"❌ {as_sentence(self.trouble)}")
         elif self.status == "STOPPED":
             complain("The answer was stopped.")
         elif self.complete and self.complete.get("finish_reason", "stop") != "stop":
@@ -727,7 +733,7 @@ class Lines(Answer):
     def close(self) -> None:
         """Say what is in no line."""
         if self.trouble:
-            complain(f"❌ {sentence(self.trouble)}")
+            complain(f"❌ {as_sentence(self.trouble)}")
 
 
 class Screen(Answer):
@@ -793,8 +799,8 @@ class Screen(Answer):
         self._settle()
         self._end_line()
         write((paint("36", RULE) + "\n" if self.opened else "") + "\n")
-        status = self.status
-        title = {"SUCCESS": "COMPLETED"}.get(status, status)
+        status, now = self.status, datetime.now().strftime("%H:%M:%S.%f")[:-3]
+        title = "COMPLETED" if status == "SUCCESS" else status
         rows: dict[str, Any] = {
             "Total Chunks": self.chunks,
             "Total Time": f"{self.ended - self.started:.3f}s",
@@ -808,9 +814,11 @@ class Screen(Answer):
         if self.retries:
             rows["Tries"] = self.retries + 1
         write(paint({"SUCCESS": "32", "STOPPED": "33"}.get(status, "31"),
-                    box(f"📡 HTTP STREAM {title} [{time_of_day()}]", rows)) + "\n")
+                    box(f"📡 HTTP STREAM {title} [{now}]", rows)) + "\n")
         if self.trouble:
-            write(paint("31", f"❌ {sentence(self.trouble)}") + "\n")
+            write(paint("31", f"❌ {as_sentence(self.trouble)}") + "\n   /retry sends your message again.\n")
+        elif not self.complete:
+            write("   The server did not confirm the stop. /retry asks for the rest of the answer.\n")
 
     def _erase(self) -> None:
         if self.drawn:
@@ -830,7 +838,7 @@ class Screen(Answer):
         self.last = ""
 
 
-def sentence(trouble: Any) -> str:
+def as_sentence(trouble: Any) -> str:
     """What went wrong, as sentences on one line; at most 1,000 characters."""
     text = escape(" ".join(str(trouble)[:1000].split())) or "something went wrong"
     return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
@@ -964,9 +972,11 @@ class Client:
 
     def send(self, turn: Turn) -> Answer:
         """Send a turn (again), show its answer, and return that when it has ended, however it ended."""
+        if self.failed and self.failed.turn_id != turn.turn_id:
+            self._stop(self.failed)  # where it could not be reached before, it may run on
         answer = self.answer(turn)
         chat = Background(lambda pause: self.api.chat(turn.message, turn.session.session_id, turn.turn_id,
-                                                      turn.session.seen, pause))
+                                                      turn.session.known, pause))
         try:
             with interrupts() as pressed, answer.attention():
                 trouble = self._follow(chat, answer, pressed)
@@ -980,7 +990,7 @@ class Client:
         self.failed = None if answer.complete else turn
         return answer
 
-    def _follow(self, chat: Background, answer: Answer, pressed: list[int]) -> Exception | None:
+    def _follow(self, chat: Background, answer: Answer, pressed: list[int]) -> ChatError | None:
         """Show what comes, until the answer ends; after Ctrl-C, at most for STOP_TIME. Returns why it failed."""
         deadline = next_try = 0.0
         while True:
@@ -1002,8 +1012,10 @@ class Client:
             except Empty:
                 answer.tick()
                 continue
-            if not isinstance(item, Event):
+            if item is None or isinstance(item, ChatError):
                 return item
+            if isinstance(item, Exception):
+                raise item
             answer.take(item)
 
     def _stop(self, turn: Turn) -> bool:
@@ -1041,7 +1053,7 @@ def show_stats(client: Client) -> None:
         "Avg Chunks per Stream": average(own.chunks, own.successful, ".1f"),
         "Sessions Created": own.created,
         "Avg Response Time": average(own.seconds, own.successful, ".3f") + ("s" if own.successful else ""),
-        "Current Session": short(session.session_id) if session.seen else "-",
+        "Current Session": short(session.session_id) if session.known else "-",
         "Session Messages": session.messages,
     }))
 
@@ -1107,7 +1119,7 @@ def leave(client: Client) -> None:
 def create_session(client: Client) -> None:
     """Create a new streaming chat session"""
     answer = client.api.new_session()
-    client.session = Session(answer["session_id"], seen=answer["timestamp"])
+    client.session = Session(answer["session_id"], known=True)
     client.statistics.created += 1
     print(f"✨ New session created successfully!\n   Session ID: {short(answer['session_id'])}\n"
           f"   Model: {one_line(answer['model'])}")
@@ -1115,7 +1127,7 @@ def create_session(client: Client) -> None:
 
 def show_session(client: Client) -> None:
     """Show current session details"""
-    session = client.api.session(known(client).session_id)
+    session = client.api.session(current(client).session_id)
     print("\n" + box("📋 SESSION INFO", {
         "Session ID": short(session["session_id"]),
         "Model": session["model"],
@@ -1151,21 +1163,21 @@ def switch_session(client: Client, argument: str) -> None:
 
 def reset_session(client: Client) -> None:
     """Clear current session history"""
-    client.api.clear(known(client).session_id)
+    client.api.clear(current(client).session_id)
     client.session.messages = 0
     print("🧹 The session's history is cleared.")
 
 
 def delete_session(client: Client) -> None:
     """Delete current session"""
-    client.api.delete(known(client).session_id)
+    client.api.delete(current(client).session_id)
     print(f"🧹 The session {short(client.session.session_id)} is deleted. Your next message begins a new one.")
     client.session = Session()
 
 
 def show_history(client: Client) -> None:
     """Show the messages of the current session"""
-    messages = client.api.session(known(client).session_id)["messages"]
+    messages = client.api.session(current(client).session_id)["messages"]
     print(f"📋 {len(messages)} messages")
     for message in messages:
         name = "👤 You" if message["role"] == "user" else "🤖 AI"
@@ -1190,9 +1202,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 TAKES_ARGUMENT = {"/switch"}
 
 
-def known(client: Client) -> Session:
+def current(client: Client) -> Session:
     """The client's session, if the server has it. Raises ChatError."""
-    if not client.session.seen:
+    if not client.session.known:
         raise ChatError("There is no session yet: send a message, or /new.")
     return client.session
 
@@ -1200,7 +1212,7 @@ def known(client: Client) -> Session:
 def enter(client: Client, session_id: str) -> None:
     """Make a session of the server the current one; where an answer is running there, show it, with its question."""
     session = client.api.session(session_id)
-    client.session = Session(session_id, session["message_count"], session["last_activity"])
+    client.session = Session(session_id, session["message_count"], known=True)
     print(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
     turn = session["latest_turn"]
     if turn and turn["state"] == "running":
@@ -1231,7 +1243,7 @@ HISTORY_LINES = 1000
 
 def prompt(client: Client) -> str:
     """What stands before the user's line."""
-    return f"You [{short(client.session.session_id)}] › " if client.session.seen else "You › "
+    return f"You [{short(client.session.session_id)}] › " if client.session.known else "You › "
 
 
 class Keyboard:
@@ -1305,7 +1317,7 @@ def chat(client: Client) -> None:
             if text.strip():
                 act(client, text)
         except ChatError as error:
-            print(paint("31", f"❌ {sentence(error)}"))
+            print(paint("31", f"❌ {as_sentence(error)}"))
         except KeyboardInterrupt:
             if leaving and not keyboard.typed():
                 return
@@ -1321,9 +1333,7 @@ def act(client: Client, text: str) -> None:
         run_command(client, text)
         return
     client.statistics.sent += 1
-    answer = client.send(Turn(client.session, text.removeprefix("/"), new_id()))
-    if client.failed and not answer.interrupted:
-        print("   /retry sends your message again.")
+    client.send(Turn(client.session, text.removeprefix("/"), new_id()))
 
 
 def greet(client: Client, session_id: str | None) -> None:
@@ -1398,7 +1408,7 @@ def main() -> int:
         return 130
     except OSError as error:  # of standard output; those of the network are ChatErrors
         if not isinstance(error, BrokenPipeError):
-            complain(f"❌ Cannot write the answer: {sentence(error.strerror)}")
+            complain(f"❌ Cannot write the answer: {as_sentence(error.strerror)}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails, too
         return 1
 
@@ -1417,11 +1427,11 @@ def interact(client: Client, session_id: str | None) -> int:
     try:
         greet(client, session_id)
     except ChatError as error:
-        complain(f"❌ {sentence(error)}")
+        complain(f"❌ {as_sentence(error)}")
         return 1
     chat(client)
     show_stats(client)
-    if client.session.seen:
+    if client.session.known:
         print(f"To go on later: --session {one_line(client.session.session_id)}")
     print("👋 Goodbye!")
     return 0

@@ -54,6 +54,7 @@ from urllib.parse import quote, urlsplit
 # ---- limits and tables. They know no function. -----------------------------------------------------------------------
 
 SILENCE = 30  # seconds without a byte: then the server is stuck, since it sends a ping at least every 15
+REPLY_TIME = 10  # seconds without a byte of an answer that is no stream: it is made at once
 STOP_TIME = 3  # seconds in which a stop must work: a person waits for the prompt
 LAST_CHUNK_TIME = 1  # seconds for the last transfer chunk, which is sent together with the terminal event
 RETRIES = 8  # after the first POST, and after each new chunk
@@ -228,7 +229,7 @@ def check(value: Any, what: str, names: list[str]) -> None:
 def reason(error: Exception) -> str:
     """What happened to a connection, in a few words."""
     if isinstance(error, TimeoutError):
-        return f"not a byte came for {SILENCE} s"
+        return "the server was silent for too long"
     if isinstance(error, ConnectionRefusedError):
         return "the connection was refused"
     if isinstance(error, ConnectionError | IncompleteRead):
@@ -378,7 +379,7 @@ class Api:
     def _was_deleted(self, session_id: str) -> bool:
         """Whether a session is gone, though the server was not restarted."""
         before = self._start_time
-        with suppress(Lost, BadServer):  # the POST will tell
+        with suppress(ChatError):  # the POST will tell
             try:
                 self.session(session_id)
             except Refused as error:
@@ -438,18 +439,18 @@ class Api:
             self._idle.pop().close()
 
     def _stream(self, body: dict[str, str]) -> Iterator[Event]:
-        with self._exchange("POST", "/chat/stream", body) as response:
+        with self._exchange("POST", "/chat/stream", body, SILENCE) as response:
             yield from read_events(response)
 
     def _ask(self, method: str, path: str, fields: str = "", body: dict[str, Any] | None = None,
-             silence: float = 0) -> dict[str, Any]:
+             silence: float = REPLY_TIME) -> dict[str, Any]:
         with self._exchange(method, path, body, silence) as response:
             answer = parse_object(read_body(response, MAX_ANSWER), "an answer")
         check(answer, f"an answer to {method} {path}", fields.split())
         return answer
 
     @contextmanager
-    def _exchange(self, method: str, path: str, body: Any = None, silence: float = 0) -> Iterator[HTTPResponse]:
+    def _exchange(self, method: str, path: str, body: Any, silence: float) -> Iterator[HTTPResponse]:
         """Send a request and give its response. Afterwards the connection is kept, if the response was read whole."""
         connection, response = self._send(method, path, body, silence)
         refusal = None
@@ -475,10 +476,10 @@ class Api:
             reused = self._idle.pop() if self._idle else None
             connection = reused or self._kind(*self._address)
             connection.response_class = Response
-            connection.timeout = silence or SILENCE
+            connection.timeout = silence
             try:
                 if reused:
-                    reused.sock.settimeout(connection.timeout)
+                    reused.sock.settimeout(silence)
                 else:
                     connection.connect()
                 with suppress(BrokenPipeError, ConnectionResetError):  # an answer that was sent early is there to read

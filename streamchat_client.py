@@ -1290,7 +1290,11 @@ class Keyboard:
         """A line, or what stands between two lines of three quotes. Only a command begins with one slash."""
         text = self.read(before)
         if text.strip() == '"""':
-            text = "\n".join(iter(lambda: self.read("... ").rstrip(), '"""'))
+            lines: list[str] = []
+            with suppress(EOFError):  # Ctrl-D ends it, too
+                while (line := self.read("... ")).strip() != '"""':
+                    lines.append(line)
+            text = "\n".join(lines)
             if text.startswith("/"):
                 text = "/" + text
         self._remember(text)
@@ -1347,7 +1351,7 @@ def greet(client: Client, session_id: str | None) -> None:
         if session_id:
             enter(client, session_id)
     except Lost as error:
-        print(paint("33", f"⚠ No server at {client.api.url}: {error}. Start one: python3 streamchat_server.py"))
+        print(paint("33", f"⚠ No server at {client.api.url}: {error}.\n   Start one: python3 streamchat_server.py"))
     except Refused as error:
         if error.code != "session_not_found":
             raise
@@ -1425,6 +1429,7 @@ def interact(client: Client, session_id: str | None) -> int:
     """Chat at the terminal. The exit status."""
     if os.name == "nt":
         os.system("")  # makes a Windows console read escape sequences
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # what is not UTF-8 shows as �
     try:
         greet(client, session_id)
     except ChatError as error:

@@ -752,7 +752,7 @@ class Screen(Answer):
         """A part of the answer, with the head before the first."""
         if self.live:
             self._settle()
-        if not self.opened:
+        if text and not self.opened:
             self.opened = True
             head = f"🤖 AI Response (HTTP Streaming) ({short(self.turn.session.session_id)} - {self.model})"
             write("\n" + paint("36", one_line(head) + "\n" + RULE) + "\n")
@@ -1378,7 +1378,8 @@ def parse_arguments() -> argparse.Namespace:
         arguments.api = Api(arguments.url, arguments.token)
     except ValueError as error:
         parser.error(f"--url: {escape(str(error))}")
-    arguments.interactive = not (arguments.json or arguments.message) and sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    arguments.interactive = terminal and arguments.message is None and not arguments.json
     if not arguments.interactive:
         try:
             arguments.message = read_message(arguments.message)
@@ -1391,7 +1392,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_message(argument: str | None) -> str:
     """The argument, and what is piped: after one newline, as it is."""
-    if argument and sys.stdin.isatty():
+    if argument is not None and sys.stdin.isatty():
         return argument
     piped = sys.stdin.buffer.read().decode()
     return "\n".join(filter(None, [argument, piped]))

@@ -491,7 +491,7 @@ class Api:
                     continue
                 if isinstance(error, OSError | IncompleteRead):
                     raise Lost(reason(error)) from error
-                raise BadServer(f"The server does not speak HTTP ({reason(error)}).") from error
+                raise BadServer(f"The server does not speak HTTP ({reason(error)[:100].strip()}).") from error
 
     def _keep(self, connection: HTTPConnection, response: HTTPResponse) -> None:
         if connection.sock and not response.isclosed():  # the last transfer chunk is not read yet

@@ -3,12 +3,13 @@
     python -m pytest test_protocol.py
     STREAMCHAT_URL=http://host:port python -m pytest test_protocol.py
     python3 test_protocol.py bench http://host:port
+    python3 test_protocol.py proxy --to http://host:port
 
 The first line tests `streamchat_server.py` beside this file: it starts servers of its own, on free ports, each with the
 flags that a test needs. The second tests the server at that address, whatever it is written in. It should run with a
 model that repeats the user's message (as the offline model does) and have no other visitors meanwhile, since the
-counters are tested too; what needs a server of our own is then skipped. The third line measures a server, and needs no
-pytest.
+counters are tested too; what needs a server of our own is then skipped. The third line measures a server, and the
+fourth tries a client: it is a proxy that cuts. They need no pytest.
 
 Read it as the protocol's fine print. The suite trusts no HTTP library and none of the project's other files: it reads
 raw sockets with the strict reader below, `check_turn` holds every rule of a stream, and every test that streams goes
@@ -416,9 +417,7 @@ class Target:
     """A server to measure, and its figures: for each name the values of all rounds."""
 
     def __init__(self, url):
-        parts = urlsplit(url if "//" in url else "//" + url)
-        with contextlib.closing(Connection((parts.hostname, parts.port or 80))) as connection:
-            self.family, self.address = connection.socket.family, connection.socket.getpeername()[:2]
+        self.family, self.address = find(url)
         local = self.address[0] in ("127.0.0.1", "::1")
         self.processes = processes_listening_at(self.address[1]) if local else []
         self.figures, self.rate = {}, 0.0
@@ -571,10 +570,21 @@ def receive(sock):
     return data
 
 
+def find(url):
+    """The family and the address of a server, which must be there."""
+    parts = urlsplit(url if "//" in url else "//" + url)
+    with contextlib.closing(Connection((parts.hostname, parts.port or 80))) as connection:
+        return connection.socket.family, connection.socket.getpeername()[:2]
+
+
+def content_length(head):
+    length = re.search(rb"\ncontent-length:[ \t]*(\d+)", head, re.IGNORECASE)
+    return length and int(length[1])
+
+
 def is_whole(answer):
     head, _, body = answer.partition(b"\r\n\r\n")
-    length = re.search(rb"\ncontent-length:[ \t]*(\d+)", head, re.IGNORECASE)
-    return length is not None and len(body) == int(length[1])
+    return len(body) == content_length(head)
 
 
 def processes_listening_at(port):
@@ -642,6 +652,212 @@ def compare(name, a, b):
     return ratio + "  " + ("A" if (min(a) > max(b)) is ("per second" in name) else "B")
 
 
+PROXY = """\
+A proxy between a client and a server of this protocol, which cuts streams as a bad network would.
+
+With each piece of a stream that comes from the server (a line or a few; all that a retry gets again) the dice are cast
+whether the client's connection is cut, at a random byte of this piece. So who tries again gets further. Each fault is
+printed; other requests pass untouched. A client that keeps the protocol shows the same text as without the proxy, and
+its session's history has each turn once."""
+STREAM = re.compile(r"(POST /chat|GET /sessions/[^/ ]+)/stream[? ]")
+
+
+class Fault(NamedTuple):
+    """What happens to one answer. A place in it is a number of bytes, from its status line on, or the bytes there."""
+    cut: int | bytes = sys.maxsize      # where the client's connection is closed (0: when the first byte has come)
+    reset: bool = False         # a cut is a reset: what the client has not read yet is lost
+    stall: int | bytes = sys.maxsize    # where nothing comes any more, and the connection stays open
+    delay: float = 0.0          # seconds before each piece
+    split: bool = False         # each byte is a piece
+    repeat: bool = False        # the request is sent twice, as by a proxy that tries again; the first answer is lost
+    instead: bytes | None = None    # these bytes are the answer, then a close; the server sees nothing of the request
+
+
+class Proxy:
+    """A relay that knows requests by their heads, and passes each answer on as its fault says.
+
+    `faults` are those of the streams, in turn; what comes after them, and other requests, passes untouched
+    (`fault_of` decides that). `target` is the server's address, and may change: it counts for new connections.
+    """
+
+    def __init__(self, target, faults=(), port=0):
+        self.target, self.faults, self.address = target, iter(faults), ("127.0.0.1", port)
+        self.connections, self.requests, self.links = 0, [], set()
+        self.up()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.down()
+
+    @property
+    def url(self):
+        return "http://{}:{}".format(*self.address)
+
+    def up(self):
+        """Listen, after a `down` at the same address again."""
+        self.listener = socket.create_server(self.address, backlog=64)
+        self.address = self.listener.getsockname()
+        self.accepting = threading.Thread(target=self._accept, daemon=True)
+        self.accepting.start()
+
+    def down(self):
+        """Close all connections, and refuse new ones."""
+        with contextlib.suppress(OSError):      # it may be down already
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.accepting.join()
+        self.listener.close()
+        for link in list(self.links):
+            link.end()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                link = Link(self, self.listener.accept()[0])
+                self.connections += 1
+                self.links.add(link)
+                threading.Thread(target=link.pass_requests, daemon=True).start()
+
+    def fault_of(self, line):
+        """The fault of the answer to a request with this request line."""
+        return next(self.faults, Fault()) if STREAM.match(line) else Fault()
+
+    def fault_in(self, link, size):
+        """The same, asked again for each piece of the answer when it has come."""
+        return link.fault
+
+    def note(self, line, what):
+        """A fault happens."""
+
+
+class Link:
+    """A client's connection, and the one to the server that belongs to it."""
+
+    def __init__(self, proxy, client):
+        self.proxy, self.client, self.server = proxy, client, None
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.answers = threading.Thread(target=self.pass_answers, daemon=True)
+
+    def pass_requests(self):
+        with self.client, contextlib.suppress(OSError), self.client.makefile("rb") as file:
+            while request := read_request(file):
+                self.begin_answer(request.partition(b"\r\n")[0].decode("latin-1"))
+                if self.fault.instead is None:
+                    self.pass_request(request)
+                else:
+                    self.client.sendall(self.fault.instead)
+                    self.client.shutdown(socket.SHUT_WR)
+            if self.server:
+                self.server.shutdown(socket.SHUT_WR)
+                self.answers.join()
+        self.end()
+        if self.server:
+            self.server.close()
+        self.proxy.links.remove(self)
+
+    def begin_answer(self, line):
+        self.proxy.requests.append(line)
+        self.line, self.fault, self.passed = line, self.proxy.fault_of(line), 0
+        if faults := [name for name in ("delay", "split", "repeat", "instead") if getattr(self.fault, name)]:
+            self.proxy.note(line, ", ".join(faults))
+
+    def pass_request(self, request):
+        if self.fault.repeat:
+            with socket.create_connection(self.proxy.target, PATIENCE) as first:
+                first.sendall(request)
+                first.recv(1)       # so it was read
+        if not self.server:
+            self.server = socket.create_connection(self.proxy.target)
+            self.answers.start()
+        self.server.sendall(request)
+
+    def pass_answers(self):
+        with contextlib.suppress(OSError):
+            while data := self.server.recv(65_536):
+                if not self.pass_piece(data):
+                    return
+        with contextlib.suppress(OSError):
+            self.client.shutdown(socket.SHUT_WR)
+
+    def pass_piece(self, data):
+        """Tell whether another piece may follow."""
+        fault = self.proxy.fault_in(self, len(data))
+        cut, stall = (self.position(place, data) for place in (fault.cut, fault.stall))
+        end = min(cut, stall)
+        data = data[:end - self.passed]
+        self.passed += len(data)    # before it is sent: then the next request may come at any moment, and begin at 0
+        if is_end := self.passed == end:
+            self.proxy.note(self.line, f"{'cut' if end == cut else 'stall'} after {end} bytes")
+        for piece in map(bytes, zip(data, strict=True)) if fault.split else [data]:
+            time.sleep(fault.delay)
+            self.client.sendall(piece)
+        if is_end and end == cut:
+            self.cut(fault.reset)
+        return not is_end
+
+    def position(self, place, data):
+        """How many bytes of the answer come before this place, which may be in the piece that has come."""
+        if isinstance(place, int):
+            return place
+        return self.passed + data.index(place) if place in data else sys.maxsize
+
+    def cut(self, reset):
+        if reset:
+            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.client.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)     # wakes `pass_requests`, which closes
+
+    def end(self):
+        """Wake who waits for either side: a close alone would not."""
+        for sock in filter(None, (self.client, self.server)):
+            with contextlib.suppress(OSError):      # it has ended by itself
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def read_request(file):
+    """The bytes of a request, whose body, if any, has a Content-Length. Fewer where the client has left."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n") and (line := file.readline()):
+        head += line
+    return head + file.read(content_length(head) or 0)
+
+
+class ProxyByChance(Proxy):
+    """It does to streams what the options of the command say, and prints each fault."""
+
+    def __init__(self, target, options):
+        self.options, self.random = options, random.Random(options.seed)
+        super().__init__(target, iter(self.next_fault, None), options.port)
+
+    def next_fault(self):
+        repeat = self.random.random() < self.options.repeat
+        return Fault(delay=self.options.delay, split=self.options.split, repeat=repeat)
+
+    def fault_in(self, link, size):
+        for name in ("cut", "stall") if STREAM.match(link.line) else ():
+            if self.random.random() < getattr(self.options, name):
+                return link.fault._replace(**{name: link.passed + self.random.randrange(size)})
+        return link.fault
+
+    def note(self, line, what):
+        now = datetime.now().time().isoformat("milliseconds")
+        print(f"{now}  {line[:100]!a}  {what}\n", end="", flush=True)   # in one write, since threads take turns
+
+
+def fraction(text):
+    """The type of options from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
+def try_client(options):
+    with contextlib.suppress(KeyboardInterrupt), ProxyByChance(find(options.to)[1], options) as proxy:
+        print(f"To {options.to}, with --seed {options.seed}")
+        print(f"Proxy at {proxy.url}", flush=True)
+        threading.Event().wait()
+
+
 def main():
     parser = argparse.ArgumentParser(description="Tools for who builds a server or a client of streamable HTTP chat.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -650,10 +866,26 @@ def main():
     command.add_argument("url", metavar="URL", help="such as http://127.0.0.1:8000")
     command.add_argument("other", nargs="?", metavar="URL", help="another server, to compare with")
     command.add_argument("--quick", action="store_true", help="one short round, to see that it works")
+    command = commands.add_parser("proxy", help="try a client against cuts", description=PROXY,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--to", metavar="URL", required=True, help="the server, such as http://127.0.0.1:8000")
+    command.add_argument("--port", type=int, default=8001, help="where the proxy listens (8001; 0 takes a free one)")
+    command.add_argument("--cut", type=fraction, default=0.2, metavar="P", help="chance of a cut, 0 to 1 (0.2)")
+    command.add_argument("--stall", type=fraction, default=0, metavar="P",
+                         help="chance that nothing comes any more, on a connection that stays open")
+    command.add_argument("--repeat", type=fraction, default=0, metavar="P",
+                         help="chance that a request is sent twice, as by a proxy that tries again by itself")
+    command.add_argument("--delay", type=fraction, default=0, metavar="S", help="seconds before each piece, 0 to 1")
+    command.add_argument("--split", action="store_true", help="pass on single bytes")
+    command.add_argument("--seed", type=int, default=random.randrange(1_000_000), metavar="N",
+                         help="make the choices of an earlier run again")
     arguments = parser.parse_args()
     try:
-        bench([url for url in (arguments.url, arguments.other) if url], arguments.quick)
-    except (OSError, ValueError, AssertionError, Cut) as error:
+        if arguments.command == "proxy":
+            try_client(arguments)
+        else:
+            bench([url for url in (arguments.url, arguments.other) if url], arguments.quick)
+    except (OSError, ValueError, OverflowError, AssertionError, Cut) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -2670,7 +2902,7 @@ class TestWhoMayComeIn:
 
     def test_a_page_of_another_origin_reaches_nothing(self, serve, browser):
         server = serve()
-        with Cutter(None, pages={"/": ("text/html", HOSTILE_PAGE), "/favicon.ico": ("image/png", b"")}) as page:
+        with Site(None, {"/": ("text/html", HOSTILE_PAGE), "/favicon.ico": ("image/png", b"")}) as page:
             browser.open(page.url)
             seen = browser.run(ATTACKS, url_of(server))
         assert seen == ["refused"] * 5 + ["opaque"] * 3 + [True, "loaded"], "an opaque answer tells the page nothing"
@@ -2687,7 +2919,7 @@ class TestWhoMayComeIn:
 
     @pytest.mark.parametrize("flags", [(), ("--token", TOKEN)], ids=["no token", "token"])
     def test_a_page_of_an_allowed_origin_streams(self, serve, browser, flags):
-        with Cutter(None, pages={"/": ("text/html", b""), "/favicon.ico": ("image/png", b"")}) as page:
+        with Site(None, {"/": ("text/html", b""), "/favicon.ico": ("image/png", b"")}) as page:
             server = serve("--chunk-delay", "0.02", "--allow-origin", page.url, *flags)
             browser.open(page.url)
             headers = {"Content-Type": "application/json"}
@@ -3350,80 +3582,53 @@ def replaced(text, *changes):
     return text
 
 
-class Cutter:
-    """A proxy that cuts: it passes each answer on, the first one of every turn only as far as the next of `cuts`.
-
-    With `drip` an answer comes byte by byte. The first answer of a turn comes from `first`, the others from
-    `second`: two servers, so that the second looks like the first after a restart. `instead` is sent in place of the
-    first answer. `pages` are served by the proxy itself, so that pages and streams have one origin.
-    """
-
-    def __init__(self, first, second=None, cuts=(), drip=0.0, instead=None, pages=()):
-        self.first, self.second = first, second or first
-        self.cuts, self.drip, self.instead, self.pages = iter(cuts), drip, instead, dict(pages)
-        self.seen, self.answers = set(), 0
-
-    def __enter__(self):
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self._serve, args=(self.listener.accept()[0],), daemon=True).start()
-
-    def _serve(self, client):
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # ValueError: a browser's spare connection, which asks nothing
-        with client, contextlib.suppress(OSError, ValueError), client.makefile("rb") as file:
-            method, path, _ = file.readline().decode().split(" ")
-            fields = http.client.parse_headers(file)
-            body = file.read(int(fields.get("Content-Length", 0)))
-            if path in self.pages:
-                media_type, page = self.pages[path]
-                client.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: %s\r\n\r\n%s"
-                               % (media_type.encode(), page))
-                return
-            self.answers += 1
-            turn = json.loads(body or b"{}").get("turn_id")
-            is_first, _ = turn not in self.seen, self.seen.add(turn)
-            if is_first and self.instead:
-                client.sendall(self.instead)
-                return
-            limit = next(self.cuts, None) if is_first else None
-            server = self.first if is_first else self.second
-            head = ["Connection: close"] if body == b"" else ["Connection: close", "Content-Type: application/json"]
-            with server.connect().socket as upstream:
-                upstream.sendall(http_request(method, path, *head, body=body or None))
-                self._pass_on(upstream, client, limit)
-            client.shutdown(socket.SHUT_RDWR)
-
-    def _pass_on(self, upstream, client, left):
-        while left != 0 and (data := upstream.recv(min(left or 65_536, 65_536))):
-            left = left and left - len(data)
-            for at in range(0, len(data), 1 if self.drip else len(data)):
-                client.sendall(data[at:at + 1] if self.drip else data)
-                time.sleep(self.drip)
+def cut_once(cuts):
+    """The faults where a client gets the answer that was cut when it tries again."""
+    return itertools.chain.from_iterable((Fault(cut=cut), Fault()) for cut in cuts)
 
 
-def places_to_cut(server, step):
+BYTE_BY_BYTE = [Fault(split=True, delay=0.0002)]
+
+
+class Site(Proxy):
+    """A proxy that serves these pages itself, so that pages and streams have one origin."""
+
+    def __init__(self, target, pages, faults=()):
+        self.pages = pages
+        super().__init__(target, faults)
+
+    def fault_of(self, line):
+        media_type, page = self.pages.get(line.split(" ")[1], ("", None))
+        head = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: {media_type}\r\n\r\n"
+        return super().fault_of(line) if page is None else Fault(instead=head.encode() + page)
+
+
+@contextlib.contextmanager
+def restarting(before, after):
+    """A proxy that cuts the first answer, after which the server is another one: the same, with its memory lost."""
+    def faults():
+        yield Fault(cut=900)
+        proxy.target = after.address
+    with Proxy(before.address, faults()) as proxy:
+        yield proxy
+
+
+def places_to_cut(server, step, connection_field="keep-alive"):
     """Every `step`th byte of an answer to TEXT, and every place between two transfer chunks, where a cut looks clean.
 
-    The last one leaves out only the newline of the terminal event.
+    The last one leaves out only the newline of the terminal event. The number in `processing_time` can be some bytes
+    shorter next time, so no other place is as near to the end. `connection_field` is what the client sends.
     """
     connection = server.connect()
     ids = {"session_id": new_id(), "turn_id": new_id()}
-    connection.send(http_request("POST", "/chat/stream", "Connection: close", body={"message": TEXT, **ids}))
+    field = f"Connection: {connection_field}"
+    connection.send(http_request("POST", "/chat/stream", field, body={"message": TEXT, **ids}))
+    connection.socket.shutdown(socket.SHUT_WR)
     answer = connection.file.read()
     connection.close()
-    end = answer.rindex(b"}\n") + 1
-    return sorted({*range(0, end, step), *(match.end() for match in re.finditer(b"\r\n", answer[:end])), end})
+    end = answer.rindex(b"}\n") - 8
+    clean = {match.end() for match in re.finditer(b"\r\n", answer[:end])}
+    return [*sorted({*range(0, end, step)} | clean), b"\n\r\n0\r\n"]
 
 
 def check_turns(server, turns):
@@ -3537,20 +3742,20 @@ class TestPythonClient:
         assert printed.count("You said: ") == 2 and "2 messages came before this one." in printed
 
     def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, instant, capsys):
-        cuts = places_to_cut(instant, 13)
-        with Cutter(instant, cuts=cuts) as cutter:
-            client, turns = load("# chat.py", cutter.url), []
+        cuts = places_to_cut(instant, 13, "close")
+        with Proxy(instant.address, cut_once(cuts)) as proxy:
+            client, turns = load("# chat.py", proxy.url), []
             for _ in cuts:
                 session = new_id()
                 turns.append((session, client.chat(TEXT, session)))
                 assert capsys.readouterr().out == turns[-1][1] + "\n"
-            assert cutter.answers == 2 * len(cuts)
+            assert len(proxy.requests) == 2 * len(cuts)
         check_turns(instant, turns)
 
     def test_lines_may_come_byte_by_byte(self, instant):
         session = new_id()
-        with Cutter(instant, drip=0.0002) as cutter:
-            check_turns(instant, [(session, load("# chat.py", cutter.url).chat(TEXT, session))])
+        with Proxy(instant.address, BYTE_BY_BYTE) as proxy:
+            check_turns(instant, [(session, load("# chat.py", proxy.url).chat(TEXT, session))])
 
     def test_text_comes_as_the_model_writes_it(self, own, capsys):
         server, times, session = own("--chunk-delay", "0.02"), [], new_id()
@@ -3561,8 +3766,8 @@ class TestPythonClient:
 
     def test_another_run_drops_what_was_shown(self, instant, restarted, capsys):
         session = new_id()
-        with Cutter(instant, restarted, cuts=[900]) as cutter:
-            answer = load("# chat.py", cutter.url).chat(TEXT, session)
+        with restarting(instant, restarted) as proxy:
+            answer = load("# chat.py", proxy.url).chat(TEXT, session)
         check_turns(restarted, [(session, answer)])
         assert re.fullmatch(r"You .*\n\[Another run of the turn\..*\]\n" + re.escape(answer) + "\n",
                             capsys.readouterr().out, re.DOTALL)
@@ -3574,23 +3779,23 @@ class TestPythonClient:
     ])
     def test_what_may_pass_is_tried_again(self, instant, answer):
         session = new_id()
-        with Cutter(instant, instead=answer) as cutter:
-            check_turns(instant, [(session, load("# chat.py", cutter.url).chat(TEXT, session))])
+        with Proxy(instant.address, [Fault(instead=answer)]) as proxy:
+            check_turns(instant, [(session, load("# chat.py", proxy.url).chat(TEXT, session))])
 
     @pytest.mark.parametrize("answer", [
         b'HTTP/1.1 409 Conflict\r\nContent-Length: 14\r\n\r\n{"status":409}',
         b'HTTP/1.1 200 OK\r\n\r\n{"type":"error","code":"model_auth","message":"No key.","retryable":false}\n',
     ])
     def test_what_stays_wrong_is_raised(self, instant, answer):
-        with Cutter(instant, instead=answer) as cutter:
-            client = load("# chat.py", cutter.url)
+        with Proxy(instant.address, [Fault(instead=answer)]) as proxy:
+            client = load("# chat.py", proxy.url)
             with pytest.raises(client.ChatError, match="409|No key"):
                 client.chat(TEXT, new_id())
-            assert cutter.answers == 1
+            assert len(proxy.requests) == 1
 
     def test_a_turn_that_was_stopped_is_told_from_a_whole_answer(self, instant, capsys):
-        with Cutter(instant, instead=CANCELLED) as cutter:
-            load("# chat.py", cutter.url).chat(TEXT, new_id())
+        with Proxy(instant.address, [Fault(instead=CANCELLED)]) as proxy:
+            load("# chat.py", proxy.url).chat(TEXT, new_id())
         assert capsys.readouterr().out == " [cancelled]\n"
 
     def test_tries_are_bounded(self):
@@ -3621,18 +3826,19 @@ class TestRequestsClient:
 
     def test_a_cut_at_any_byte_is_noticed(self, instant, requests):
         cuts, turns = places_to_cut(instant, 53), []
-        with Cutter(instant, cuts=cuts) as cutter:
+        with Proxy(instant.address, cut_once(cuts)) as proxy:
             for _ in cuts:
                 session = new_id()
                 with pytest.raises(OSError):
-                    self.read(requests, cutter.url, session)
-                turns.append((session, self.read(requests, cutter.url, session)))
+                    self.read(requests, proxy.url, session)
+                turns.append((session, self.read(requests, proxy.url, session)))
         check_turns(instant, turns)
 
     def test_half_a_line_at_a_clean_end_is_noticed(self, instant, requests):
         for body in (b'{"type":"chunk","text":"He', b'{"type":"chunk","text":"He"}\n', b""):
-            with Cutter(instant, instead=b"HTTP/1.0 200 OK\r\n\r\n" + body) as cutter, pytest.raises(ConnectionError):
-                self.read(requests, cutter.url, new_id())
+            fault = Fault(instead=b"HTTP/1.0 200 OK\r\n\r\n" + body)
+            with Proxy(instant.address, [fault]) as proxy, pytest.raises(ConnectionError):
+                self.read(requests, proxy.url, new_id())
 
 
 class TestJavaScriptClient:
@@ -3657,32 +3863,33 @@ class TestJavaScriptClient:
 
     def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, instant, tmp_path):
         cuts = places_to_cut(instant, 31)
-        with Cutter(instant, cuts=cuts) as cutter:
-            turns = self.many(tmp_path, cutter.url, len(cuts))
-            assert cutter.answers == 2 * len(cuts)
+        with Proxy(instant.address, cut_once(cuts)) as proxy:
+            turns = self.many(tmp_path, proxy.url, len(cuts))
+            assert len(proxy.requests) == 2 * len(cuts)
         assert all(answer == shown for _, answer, shown in turns)
         check_turns(instant, [turn[:2] for turn in turns])
 
     def test_lines_may_come_byte_by_byte(self, instant, tmp_path):
-        with Cutter(instant, drip=0.0002) as cutter:
-            check_turns(instant, [turn[:2] for turn in self.many(tmp_path, cutter.url, 1)])
+        with Proxy(instant.address, BYTE_BY_BYTE) as proxy:
+            check_turns(instant, [turn[:2] for turn in self.many(tmp_path, proxy.url, 1)])
 
     def test_another_run_drops_what_was_shown(self, instant, restarted, tmp_path):
-        with Cutter(instant, restarted, cuts=[900]) as cutter:
-            [(session, answer, shown)] = self.many(tmp_path, cutter.url, 1)
+        with restarting(instant, restarted) as proxy:
+            [(session, answer, shown)] = self.many(tmp_path, proxy.url, 1)
         check_turns(restarted, [(session, answer)])
         assert "[Another run of the turn." in shown and shown.endswith("]\n" + answer)
 
     def test_a_turn_that_was_stopped_is_told_from_a_whole_answer(self, instant, tmp_path):
-        with Cutter(instant, instead=CANCELLED) as cutter:
-            assert self.many(tmp_path, cutter.url, 1)[0][1:] == ["", " [cancelled]"]
+        with Proxy(instant.address, [Fault(instead=CANCELLED)]) as proxy:
+            assert self.many(tmp_path, proxy.url, 1)[0][1:] == ["", " [cancelled]"]
 
     def test_a_problem_is_raised_and_a_proxys_error_is_not(self, instant, tmp_path):
-        with Cutter(instant, instead=b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>") as cutter:
-            check_turns(instant, [turn[:2] for turn in self.many(tmp_path, cutter.url, 1)])
-        problem = b'HTTP/1.1 409 Conflict\r\nContent-Length: 14\r\n\r\n{"status":409}'
-        with Cutter(instant, instead=problem) as cutter, pytest.raises(AssertionError, match='"status":409'):
-            self.many(tmp_path, cutter.url, 1)
+        error = Fault(instead=b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>")
+        with Proxy(instant.address, [error]) as proxy:
+            check_turns(instant, [turn[:2] for turn in self.many(tmp_path, proxy.url, 1)])
+        problem = Fault(instead=b'HTTP/1.1 409 Conflict\r\nContent-Length: 14\r\n\r\n{"status":409}')
+        with Proxy(instant.address, [problem]) as proxy, pytest.raises(AssertionError, match='"status":409'):
+            self.many(tmp_path, proxy.url, 1)
 
     def test_split_on_each_read_loses_data_as_the_readme_shows(self, tmp_path):
         (tmp_path / "split.mjs").write_text(block("js", "// split.mjs"))
@@ -3769,21 +3976,21 @@ class TestClientsInABrowser:
         return {"/chat.html": ("text/html; charset=utf-8", block("html", "chat.html").encode()),
                 "/chat.mjs": ("text/javascript", fetch.encode()), "/xhr": ("text/html", xhr.encode())}
 
-    def open_page(self, browser, cutter):
-        browser.open(cutter.url + "/chat.html")
+    def open_page(self, browser, proxy):
+        browser.open(proxy.url + "/chat.html")
         script = 'return document.getElementById("answer").textContent;'
         assert wait_until(lambda: browser.run(script).endswith("this one."))
         return browser.run(script)
 
     def test_the_page_shows_the_answer(self, instant, browser):
-        with Cutter(instant, pages=self.pages()) as cutter:
-            text = self.open_page(browser, cutter)
+        with Site(instant.address, self.pages()) as proxy:
+            text = self.open_page(browser, proxy)
         assert text == "You said: Hello!\n\nThis is the offline model. 0 messages came before this one."
 
     def test_fetch_survives_a_cut_at_any_byte(self, instant, browser):
         cuts = places_to_cut(instant, 37)
-        with Cutter(instant, cuts=[None, *cuts], pages=self.pages()) as cutter:     # the page's own turn is not cut
-            self.open_page(browser, cutter)
+        with Site(instant.address, self.pages(), [Fault(), *cut_once(cuts)]) as proxy:    # not the page's own turn
+            self.open_page(browser, proxy)
             turns = browser.run('const {chat} = await import("/chat.mjs"), [count, text] = args;' + MANY_FETCHES
                                 + "return turns;", len(cuts), TEXT)
         assert all(answer == shown for _, answer, shown in turns)
@@ -3791,14 +3998,14 @@ class TestClientsInABrowser:
 
     def test_xhr_survives_a_cut_at_any_byte(self, instant, browser):
         cuts = places_to_cut(instant, 37)
-        with Cutter(instant, cuts=cuts, pages=self.pages()) as cutter:
-            browser.open(cutter.url + "/xhr")
+        with Site(instant.address, self.pages(), cut_once(cuts)) as proxy:
+            browser.open(proxy.url + "/xhr")
             check_turns(instant, browser.run(MANY_XHRS, len(cuts), TEXT))
-            assert cutter.answers >= 2 * len(cuts)
+            assert sum(line.startswith("POST") for line in proxy.requests) >= 2 * len(cuts)
 
     def test_xhr_reads_lines_that_come_byte_by_byte(self, instant, browser):
-        with Cutter(instant, drip=0.0002, pages=self.pages()) as cutter:
-            browser.open(cutter.url + "/xhr")
+        with Site(instant.address, self.pages(), BYTE_BY_BYTE) as proxy:
+            browser.open(proxy.url + "/xhr")
             check_turns(instant, browser.run(MANY_XHRS, 1, TEXT))
 
 
@@ -3816,10 +4023,10 @@ class TestCurl:
     def test_the_loop_survives_cuts(self, instant, tmp_path):
         needs("curl")
         cuts = random.Random(1).sample(places_to_cut(instant, 3), 12)
-        with Cutter(instant, cuts=[None, *cuts]) as cutter:
+        with Proxy(instant.address, [Fault(), *cut_once(cuts)]) as proxy:
             for _ in range(1 + len(cuts)):
                 session, turn = new_id(), new_id()
-                script = replaced(block("sh", "# chat.sh"), (URL, cutter.url), ("my-session", session),
+                script = replaced(block("sh", "# chat.sh"), (URL, proxy.url), ("my-session", session),
                                   ("turn-1", turn), ("0 1 2 4 8", "0 0 0"), ("Hello!", "One two three"))
                 printed = run(["sh", "-c", script], tmp_path).splitlines()
                 start = max(at for at, line in enumerate(printed) if line.startswith('{"type":"session_info"'))
@@ -4246,6 +4453,7 @@ sys.modules["pytest"] = None                # who imports it now fails
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+COMMANDS = [sys.executable, "-I", "-c", WITHOUT_PYTEST, __file__]
 
 
 @NOT_OURS
@@ -4253,7 +4461,7 @@ class TestBench:
     """README, "Measure a server": the command that measures a server, or two in turn."""
 
     def bench(self, *arguments):
-        command = [sys.executable, "-I", "-c", WITHOUT_PYTEST, __file__, "bench", "--quick", *arguments]
+        command = [*COMMANDS, "bench", "--quick", *arguments]
         return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=6 * PATIENCE, check=False)
 
     def figures(self, *servers):
@@ -4280,6 +4488,173 @@ class TestBench:
             port = listener.getsockname()[1]
         done = self.bench(f"http://127.0.0.1:{port}")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+
+
+# ---- Check your own client
+
+WRONG_PROXIES = [
+    ("no server named", (), "--to"), ("no such server", ("--to", "http://127.0.0.1:1"), "refused"),
+    ("a port out of range in the URL", ("--to", "http://127.0.0.1:99999"), "Port"),
+    ("a chance of more than 1", ("--to", "http://127.0.0.1:1", "--cut", "2"), "--cut"),
+]
+
+
+@NOT_OURS
+class TestCheckYourOwnClient:
+    """README, "Check your own client": the proxy of other tests is a command, too. Each fault is what it says."""
+
+    @contextlib.contextmanager
+    def command(self, server, *flags):
+        """The command in front of a server: its address, and the lines that it prints to its end."""
+        command = [*COMMANDS, "proxy", "--to", url_of(server), "--port", "0", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        printed = []
+        try:
+            process.stdout.readline()
+            yield re.fullmatch(r"Proxy at (http://.*)\n", process.stdout.readline())[1], printed
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=PATIENCE)
+            assert (process.returncode, errors) == (0, "")
+            printed += rest.splitlines()
+        finally:
+            process.kill()
+            process.wait(PATIENCE)
+
+    def test_the_readmes_client_gets_whole_answers_through_the_command(self, instant):
+        with self.command(instant, "--cut", "0.3", "--repeat", "0.3", "--seed", "5") as (url, printed):
+            client = load("# chat.py", url)
+            client.PAUSES *= 10     # so many tries do not all fail by chance
+            check_turns(instant, [(session, client.chat(TEXT, session)) for session in (new_id() for _ in range(10))])
+        shown = re.compile(r"[0-9:.]{12}  'POST /chat/stream HTTP/1\.1'  (cut|repeat)( after \d+ bytes)?")
+        assert {shown.fullmatch(line)[1] for line in printed} == {"cut", "repeat"}
+
+    def test_what_a_client_sends_is_printed_escaped(self, instant):
+        with self.command(instant, "--cut", "1", "--split", "--delay", "0.001") as (url, printed):
+            connection = Connection((urlsplit(url).hostname, urlsplit(url).port))
+            connection.send(b"POST /chat/stream?\x1b[2J\x9b\xff HTTP/1.1\r\n\r\n")
+            connection.file.read()
+            connection.close()
+        assert [line.split("  ")[1] for line in printed] == 2 * [r"'POST /chat/stream?\x1b[2J\x9b\xff HTTP/1.1'"]
+        assert printed[0].endswith("delay, split") and "  cut after " in printed[1]
+
+    def refuse(self, *arguments):
+        command = [*COMMANDS, "proxy", *arguments]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=PATIENCE, check=False)
+        assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr, done
+        return done.stderr
+
+    @cases(WRONG_PROXIES)
+    def test_what_can_not_work_is_told(self, case):
+        _, arguments, told = case
+        assert told in self.refuse(*arguments).splitlines()[-1]
+
+    def test_where_it_can_not_listen_is_told_in_one_line(self, instant):
+        for port, told in [(instant.address[1], str(instant.address[1])), (65_536, "0-65535")]:
+            said = self.refuse("--to", url_of(instant), "--port", str(port))
+            assert told in said and said.count("\n") == 1
+
+    def ask(self, proxy):
+        """Ask for the stream of a turn; what comes is up to the caller."""
+        ids = {"session_id": new_id(), "turn_id": new_id()}
+        connection = Connection(proxy.address)
+        connection.send(http_request("POST", "/chat/stream", "Connection: close", body={"message": TEXT, **ids}))
+        return connection
+
+    @pytest.mark.parametrize("size", [0, 1, 900])
+    def test_a_cut_leaves_so_many_bytes(self, instant, size):
+        with Proxy(instant.address, [Fault(cut=size)]) as proxy, contextlib.closing(self.ask(proxy)) as connection:
+            assert len(connection.file.read()) == size
+
+    def test_a_cut_may_come_before_certain_bytes(self, server):
+        fault = Fault(cut=b'"chunk_number":3')
+        with Proxy(server.address, [fault]) as proxy, contextlib.closing(self.ask(proxy)) as connection:
+            read = connection.file.read()
+        assert b'"chunk_number":2' in read and read.endswith(b'",')
+
+    def test_a_reset_is_no_clean_end(self, instant):
+        with Proxy(instant.address, [Fault(cut=900, reset=True)]) as proxy:
+            connection = self.ask(proxy)
+            with pytest.raises(ConnectionResetError):
+                connection.file.read()
+            connection.close()
+
+    def test_a_stall_leaves_the_connection_open(self, instant):
+        with Proxy(instant.address, [Fault(stall=900)]) as proxy:
+            with contextlib.closing(self.ask(proxy)) as connection:
+                connection.take(900)
+                connection.socket.settimeout(0.2)
+                with pytest.raises(TimeoutError):
+                    connection.socket.recv(1)
+            assert wait_until(lambda: not proxy.links), "who leaves is no longer served"
+
+    @cases([("pieces", Fault(delay=0.2), 0.2), ("bytes", Fault(delay=0.0002, split=True), 0.2)])
+    def test_a_delay_is_before_each_piece(self, instant, case):
+        _, fault, least = case
+        with Proxy(instant.address, [fault]) as proxy, contextlib.closing(self.ask(proxy)) as connection:
+            began = time.monotonic()
+            assert len(connection.file.read()) > 1000
+        assert time.monotonic() - began >= least
+
+    def test_a_request_that_is_sent_twice_is_answered_to_the_second(self, instant):
+        with Proxy(instant.address) as proxy:
+            proxy.fault_of = lambda line: Fault(repeat=True)
+            answer = Server(*proxy.address).request("POST", "/sessions/new", {"session_id": new_id()})
+        check_problem(answer, 409, "session_exists")
+
+    def test_other_bytes_may_be_the_answer_and_the_server_sees_nothing(self):
+        with Proxy(None, [Fault(instead=CANCELLED)]) as proxy, contextlib.closing(self.ask(proxy)) as connection:
+            assert connection.file.read() == CANCELLED
+
+    def test_a_connection_is_kept_and_each_answer_has_its_own_fault(self, instant):
+        session = new_id()
+        with Proxy(instant.address, [Fault(split=True), Fault(cut=900)]) as proxy:
+            connection = Connection(proxy.address)
+            connection.send(http_request("POST", "/chat/stream", body={"message": TEXT, "session_id": session}))
+            check_turn(connection.lines(connection.read_head()), message=TEXT)
+            connection.send(http_request("GET", "/health"))
+            assert instant.response(connection, close=False).status == 200
+            connection.send(http_request("GET", f"/sessions/{session}/stream"))
+            assert len(connection.file.read()) == 900
+            connection.close()
+        assert proxy.connections == 1
+        assert proxy.requests == ["POST /chat/stream HTTP/1.1", "GET /health HTTP/1.1",
+                                  f"GET /sessions/{session}/stream HTTP/1.1"]
+
+    def test_a_half_close_passes_on(self, instant):
+        with Proxy(instant.address) as proxy:
+            assert len(Server(*proxy.address).answers(2 * http_request("GET", "/health"))) == 2
+            assert wait_until(lambda: not proxy.links)
+
+    def test_the_server_learns_that_the_client_left(self, server):
+        session = new_id()
+        with Proxy(server.address) as proxy:
+            Server(*proxy.address).chat(LONG, session_id=session).read(5).abort()
+            assert wait_until(lambda: server.readers(session) == [0])
+
+    def test_the_client_learns_that_the_server_died(self, serve):
+        server = serve()
+        with Proxy(server.address) as proxy:
+            stream = Server(*proxy.address).chat(LONG).read(5)
+            server.process.kill()
+            with pytest.raises(Cut):
+                stream.read()
+            stream.connection.close()
+
+    def test_it_goes_down_and_comes_back_before_another_server(self, server, instant):
+        session = new_id()
+        with Proxy(server.address) as proxy:
+            through = Server(*proxy.address)
+            stream = through.chat(LONG).read(5)
+            proxy.down()
+            with pytest.raises(Cut):
+                stream.read()
+            stream.connection.close()
+            with pytest.raises(ConnectionRefusedError):
+                through.connect()
+            proxy.target = instant.address
+            proxy.up()
+            through.request("POST", "/sessions/new", {"session_id": session})
+        assert session in instant.session_ids() - server.session_ids()
 
 
 # ---- Check your own server: the suite is tested too

@@ -3606,10 +3606,8 @@ class Site(Proxy):
 @contextlib.contextmanager
 def restarting(before, after):
     """A proxy that cuts the first answer, after which the server is another one: the same, with its memory lost."""
-    def faults():
-        yield Fault(cut=900)
-        proxy.target = after.address
-    with Proxy(before.address, faults()) as proxy:
+    with Proxy(before.address, [Fault(cut=900)]) as proxy:
+        proxy.note = lambda line, what: setattr(proxy, "target", after.address)
         yield proxy
 
 
@@ -4141,6 +4139,576 @@ class TestProxy:
             server.process.kill()
             with pytest.raises(Cut):
                 list(stream)
+
+
+# ---- The terminal client: as a library and in scripts. Its servers are real, perhaps behind a proxy, or play a script.
+
+CLIENT = Path(__file__).with_name("streamchat_client.py")
+
+
+def line_of(kind, **fields):
+    return json.dumps({"type": kind, **fields}).encode() + b"\n"
+
+
+def opening(time):
+    return line_of("session_info", session_id="s-1", turn_id="t-1", model="offline", created=True, timestamp=time)
+
+
+def stream_of(*lines):
+    """The bytes of an answer with these lines, with no transfer coding."""
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n\r\n" + b"".join(lines)
+
+
+def coded(*lines):
+    """The same in transfer chunks, one a line."""
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(line), line) for line in (*lines, b""))
+    return stream_of().replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n") + chunks
+
+
+def refusal(status, *fields, body=b'{"detail":"Because I say so.","code":"so"}'):
+    head = [f"HTTP/1.1 {status} No", f"Content-Length: {len(body)}", *fields, "", ""]
+    return "\r\n".join(head).encode() + body
+
+
+INFO, OTHER_INFO = opening("1"), opening("2")
+STATUS = line_of("status", message="Generating response...", context_messages=0)
+WORDS = ["Caf\u00e9 \u2028", "\U0001f600 two \x1b\n", ""]
+CHUNKS = [line_of("chunk", text=text, chunk_number=number) for number, text in enumerate(WORDS, 1)]
+COMPLETE = line_of("complete", finish_reason="stop", total_chunks=3)
+TURN = [INFO, STATUS, *CHUNKS, COMPLETE]
+SHUTDOWN = line_of("error", code="server_shutdown", message="The server stops.", retryable=True)
+MAY_PASS = [            # what a server does once, and its bytes
+    *((f"status {status}", refusal(status)) for status in (408, 429, 502, 503, 504)),
+    ("HTML in a 502", refusal(502, "Content-Type: text/html", body=b"<html>Bad gateway</html>")),
+    ("a long HTML in a 502", refusal(502, "Content-Type: text/html", body=b"<p>" * 50_000)),
+    ("nothing", b""),
+    ("a status line that is cut", b"HTTP/1.1 20"),
+    ("a status that is cut", b"HTTP/1.1 409 Conf"),
+    ("a status line and no more", b"HTTP/1.1 404 Not Found\r\n"),
+    ("a head that is cut in a field", b"HTTP/1.1 404 Not Found\r\nContent-Le"),
+    ("a head that is cut after a field", b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n"),
+    ("the body of an error that is cut", refusal(409)[:-1]),
+    ("no lines", stream_of()),
+    ("a clean end after a chunk", coded(*TURN[:4])),
+    ("no transfer chunk of size 0", coded(*TURN[:4])[:-5]),
+    ("a size that is none", coded(*TURN[:3])[:-5] + b"x\r\n"),
+    ("half a terminal event", stream_of(*TURN)[:-10]),
+    ("a terminal event without its newline", stream_of(*TURN)[:-1]),
+    ("a missing chunk", stream_of(INFO, STATUS, *CHUNKS[1:], COMPLETE)),
+    ("the last chunks are missing", stream_of(INFO, STATUS, *CHUNKS[:1], COMPLETE)),
+    ("a wrong total_chunks", stream_of(*TURN[:-1], line_of("complete", total_chunks=4))),
+    ("an error that may pass", stream_of(*TURN[:3], SHUTDOWN)),
+]
+
+
+def flood(start, piece):
+    """A script that sends without end: it is left, or fails."""
+    def play(connection):
+        connection.sendall(start)
+        for _ in range(1000):
+            connection.sendall(piece * (65_536 // len(piece)))
+        raise AssertionError("the client reads on and on")
+    return play
+
+
+STAYS = [               # what a server does, its bytes, and what the client raises and says
+    *((f"status {status}", refusal(status), "Refused", "Because I say so")
+      for status in (400, 401, 403, 404, 409, 413, 500, 501)),
+    ("a refusal in HTML", refusal(404, body=b"<html>"), "Refused", "404 No"),
+    ("a refusal in nested JSON", refusal(404, body=b"[" * 60_000), "Refused", "404 No"),
+    ("a refusal whose detail is a number", refusal(404, body=b'{"detail":1,"code":2}'), "Refused", "404 No"),
+    ("a redirect", refusal(302, "Location: http://there.example/"), "Refused", "redirects to http://there.example/"),
+    ("an error that stays", stream_of(*TURN[:3], line_of("error", message="No key.", retryable=False)), "TurnFailed",
+     "No key"),
+    ("an error that tells no more", stream_of(INFO, line_of("error", message="No key.")), "TurnFailed", "No key"),
+    ("not JSON", stream_of(INFO, b"Hello\n"), "BadServer", "not JSON"),
+    ("HTML", refusal(200, "Content-Type: text/html", body=b"<html>\n<body>\n"), "BadServer", "."),
+    ("HTML on one line", refusal(200, "Content-Type: text/html", body=b"<html></html>"), "BadServer", "."),
+    ("bytes that are no UTF-8", stream_of(b'{"type":"\xff"}\n'), "BadServer", "not JSON"),
+    ("a JSON array", stream_of(b"[1]\n"), "BadServer", "not a JSON object"),
+    ("deep nesting", stream_of(b"[" * 60_000 + b"\n"), "BadServer", "not JSON"),
+    ("a huge number", stream_of(b'{"type":"chunk","text":"","chunk_number":%b}\n' % (b"9" * 5000)), "BadServer", "."),
+    ("no type", stream_of(b'{"text":"Hello"}\n'), "BadServer", "type"),
+    ("a type that is a list", stream_of(b'{"type":["chunk"]}\n'), "BadServer", "type"),
+    ("a chunk without text", stream_of(INFO, line_of("chunk", chunk_number=1)), "BadServer", "text"),
+    ("a text that is a number", stream_of(INFO, line_of("chunk", text=1, chunk_number=1)), "BadServer", "text"),
+    ("a number that is a text", stream_of(INFO, line_of("chunk", text="", chunk_number="1")), "BadServer", "number"),
+    ("an error without words", stream_of(INFO, line_of("error", code="model_error")), "BadServer", "message"),
+    ("a line of more than 64 KiB", stream_of(line_of("status", message="x" * 70_000)), "BadServer", "64 KiB"),
+    ("a line without end", flood(stream_of(INFO), b"x"), "BadServer", "line"),
+    ("the body of an error without end", flood(b"HTTP/1.1 400 No\r\n\r\n", b"x"), "Refused", "400 No"),
+    ("a status line without end", flood(b"HTTP/1.1 ", b"2"), "BadServer", "HTTP"),
+    ("a header line without end", flood(b"HTTP/1.1 200 OK\r\nX: ", b"x"), "BadServer", "HTTP"),
+    ("too many header fields", flood(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), "BadServer", "HTTP"),
+    ("something that is not HTTP", b"SSH-2.0-OpenSSH_10.2\r\n", "BadServer", "HTTP"),
+]
+IN_VAIN = [             # what a server does again and again, its bytes, and what the client raises
+    ("it is too busy", refusal(503), "Refused"), ("it stops", stream_of(SHUTDOWN), "TurnFailed"),
+    ("it hangs up", b"", "Lost"), ("it cuts at the same place", stream_of(*TURN[:4]), "StreamCut"),
+]
+WAITS = [               # Retry-After, and the seconds that the client waits at least and at most
+    ("none", None, 0.1, 0.2), ("7", "7", 7, 7), ("an hour", "3600", 60, 60), ("0", "0", 0.1, 0.2),
+    ("a date", "Thu, 31 Dec 2099 23:59:59 GMT", 60, 60), ("a date that is over", "Sun Nov  6 08:49:37 1994", 0.1, 0.2),
+    *((value, value, 0.1, 0.2) for value in ("soon", "-7", "1e1", "Thu, 31 Dec 99999999999 23:59:59 GMT")),
+]
+BAD_URLS = ["", "localhost:8000", "ftp://localhost", "http://", "http:///chat", "http://:80", "http://me@localhost",
+            "http://localhost:0", "http://localhost:65536", "http://localhost:x", "http://localhost/?a=b",
+            "http://localhost/#a", "http://local host", "http://localhost/\r\nX: y", "http://localhost\0", "http://[::1",
+            "http://a..b", "http://localhost/caf\u00e9"]
+HEALTHY = {"status": "healthy", "model": "m", "uptime_seconds": 1, "total_requests": 0, "successful_requests": 0,
+           "failed_requests": 0, "active_sessions": 0, "streaming_connections": 0}
+WRONG_ANSWERS = [       # what is wrong, a method of Api and its arguments, the path, the body
+    ("not JSON", "health", (), "/health", b"<html>"), ("not an object", "health", (), "/health", b"[]"),
+    ("a field is missing", "health", (), "/health", json.dumps(HEALTHY | {"model": None}).encode()),
+    ("a field is a text", "health", (), "/health", json.dumps(HEALTHY | {"total_requests": "1"}).encode()),
+    ("an answer without end", "stats", (), "/stats", flood(b"HTTP/1.1 200 OK\r\n\r\n", b" ")),
+    ("no list of sessions", "sessions", (), "/sessions", b'{"sessions":{}}'),
+    ("a session that is none", "sessions", (), "/sessions", b'{"sessions":[1]}'),
+    ("no messages", "session", ("s",), "/sessions/s", b"{}"),
+    ("deep nesting", "session", ("s",), "/sessions/s", b"[" * 9999),
+    ("no id", "new_session", (), "/sessions/new", b"{}"), ("stopped?", "stop", ("s",), "/sessions/s/stop", b"{}"),
+]
+
+
+class ScriptedServer(ThreadingHTTPServer):
+    """It answers each POST /chat/stream with the next script, and other requests with their page, or 404.
+
+    A script is bytes, after which the connection ends, or a function of the connection.
+    """
+
+    daemon_threads = True       # nobody waits for a script that waits
+
+    def __init__(self, *scripts, pages=()):
+        super().__init__(("127.0.0.1", 0), ScriptedHandler)
+        self.scripts, self.pages, self.posts, self.left = iter(scripts), dict(pages), [], 0
+        self.url = "http://{}:{}".format(*self.server_address)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class ScriptedHandler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        script = self.server.pages.get(self.path, refusal(404))
+        if self.path == "/chat/stream":
+            self.server.posts.append(json.loads(body))
+            script = next(self.server.scripts)
+        try:
+            script(self.connection) if callable(script) else self.connection.sendall(script)
+        except OSError:
+            self.server.left += 1
+
+    do_POST = do_DELETE = do_GET
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The client, imported."""
+    spec = importlib.util.spec_from_file_location("streamchat_client", CLIENT)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)     # its data classes look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+class Chat:
+    """What the library yields, raises and waits for, when it sends a message."""
+
+    def __init__(self, library, url, message=TEXT, session=None, pause=lambda seconds: None, **more):
+        self.events, self.pauses, self.trouble = [], [], None
+        self.session = session or new_id()
+        with contextlib.closing(library.Api(url, **more)) as api:
+            try:
+                for event in api.chat(message, self.session, pause=lambda s: (self.pauses.append(s), pause(s))):
+                    self.events.append(event)
+            except library.ChatError as error:
+                self.trouble = error
+
+    @property
+    def kinds(self):
+        return [event["type"] for event in self.events]
+
+    @property
+    def text(self):
+        """The answer of the last run: each of its chunks came once, in order."""
+        assert not self.trouble, self.trouble
+        start = max(at for at, kind in enumerate(self.kinds) if kind == "session_info")
+        chunks = [event for event in self.events[start:] if event["type"] == "chunk"]
+        assert [chunk["chunk_number"] for chunk in chunks] == list(range(1, len(chunks) + 1))
+        return "".join(chunk["text"] for chunk in chunks)
+
+
+class TestClientLibrary:
+    """`Api`: what may pass is tried again, what stays is raised as one sentence, and no word is lost or doubled."""
+
+    @cases([("as it is", stream_of(*TURN)), ("in transfer chunks", coded(*TURN))])
+    def test_a_cut_at_any_byte_loses_nothing_and_lines_may_come_byte_by_byte(self, library, case):
+        _, answer = case
+
+        def drip(connection):
+            for byte in answer:
+                connection.send(bytes([byte]))
+        end = answer.index(COMPLETE) + len(COMPLETE)
+        cuts = range(0, len(answer), 7)
+        for cut in cuts:
+            with ScriptedServer(answer[:cut], drip if cut % 20 == 0 else answer) as server:
+                chat = Chat(library, server.url)
+                assert chat.text == "".join(WORDS)
+                assert server.posts == (2 if cut < end else 1) * server.posts[:1], cut
+                assert Counter(chat.kinds)["session_info"] == Counter(chat.kinds)["complete"] == 1
+
+    def test_the_server_has_the_turn_once_as_it_was_shown(self, library, instant):
+        cuts = places_to_cut(instant, 97)
+        with Proxy(instant.address, cut_once(cuts)) as proxy:
+            chats = [Chat(library, proxy.url) for _ in cuts]
+        check_turns(instant, [(chat.session, chat.text) for chat in chats])
+        assert {len(chat.pauses) for chat in chats[1:]} == {1}      # at byte 0 a kept connection dies: that is unseen
+
+    @cases(MAY_PASS)
+    def test_what_may_pass_is_tried_again(self, library, case):
+        _, script = case
+        with ScriptedServer(script, stream_of(*TURN)) as server:
+            chat = Chat(library, server.url)
+        assert chat.text == "".join(WORDS)
+        assert server.posts == 2 * server.posts[:1] and len(chat.pauses) == 1
+
+    @cases(STAYS)
+    def test_what_stays_is_raised_as_one_sentence(self, library, case):
+        _, script, name, words = case
+        with ScriptedServer(script, *9 * [stream_of(*TURN)]) as server:
+            chat = Chat(library, server.url)
+            assert type(chat.trouble) is getattr(library, name), (chat.trouble, chat.events)
+            assert words in str(chat.trouble) and "\n" not in str(chat.trouble)
+            assert (len(server.posts), chat.pauses) == (1, [])
+            assert not callable(script) or wait_until(lambda: server.left), "the client does not leave"
+
+    @cases(IN_VAIN)
+    def test_tries_without_progress_are_bounded_and_pauses_grow(self, library, case):
+        _, script, name = case
+        with ScriptedServer(*20 * [script]) as server:
+            chat = Chat(library, server.url)
+            assert isinstance(chat.trouble, getattr(library, name))
+            assert len(server.posts) == 9
+        for seconds, longest in zip(chat.pauses, [0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
+            assert longest / 2 <= seconds <= longest
+
+    def test_a_new_chunk_is_progress_and_another_run_that_comes_no_further_is_none(self, library):
+        def cut_after(chunks, run=INFO):
+            return stream_of(run, STATUS, *CHUNKS[:chunks])
+        scripts = [*8 * [b""], cut_after(1), *7 * [b""], cut_after(2), *9 * [cut_after(2, OTHER_INFO), cut_after(2)]]
+        with ScriptedServer(*scripts) as server:
+            chat = Chat(library, server.url)
+            assert isinstance(chat.trouble, library.StreamCut)
+            assert len(server.posts) == 8 + 1 + 7 + 1 + 8
+
+    @cases(WAITS)
+    def test_the_server_may_ask_for_more_time(self, library, case):
+        _, value, least, most = case
+        with ScriptedServer(refusal(503, *[f"Retry-After: {value}"] * bool(value)), stream_of(*TURN)) as server:
+            [seconds] = Chat(library, server.url).pauses
+        assert least <= seconds <= most
+
+    def test_the_same_run_is_resumed_and_another_begins_from_its_start(self, library):
+        other = [OTHER_INFO, STATUS, line_of("chunk", text="Anew", chunk_number=1), line_of("complete")]
+        with ScriptedServer(stream_of(*TURN[:4]), stream_of(*TURN[:4]), coded(*other)) as server:
+            chat = Chat(library, server.url)
+        assert chat.text == "Anew"
+        assert chat.kinds == ["session_info", "status", "chunk", "chunk", "retry", "resumed", "retry",
+                              "session_info", "status", "chunk", "complete"]
+
+    def test_after_a_restart_the_turn_is_run_anew(self, library, instant, restarted):
+        with restarting(instant, restarted) as proxy:
+            chat = Chat(library, proxy.url)
+        assert chat.kinds.count("session_info") == 2
+        check_turns(restarted, [(chat.session, chat.text)])
+
+    def test_a_session_that_was_deleted_meanwhile_is_not_revived(self, library, instant):
+        session = new_id()
+        with Proxy(instant.address, [Fault(cut=900)]) as proxy:
+            chat = Chat(library, proxy.url, session=session,
+                        pause=lambda _: instant.request("DELETE", f"/sessions/{session}"))
+        assert type(chat.trouble) is library.SessionDeleted
+        assert instant.request("GET", f"/sessions/{session}").status == 404
+
+    def test_who_is_refused_a_connection_tries_again(self, library, instant):
+        with Proxy(instant.address) as proxy:
+            proxy.down()
+            chat = Chat(library, proxy.url, pause=lambda _: proxy.up())
+        check_turns(instant, [(chat.session, chat.text)])
+
+    def test_blank_lines_and_unknown_events_and_fields_do_no_harm(self, library):
+        lines = [b"\r\n \n", *TURN[:2], line_of("news", text=1), line_of("ping"), *CHUNKS[:1], b"\n", line_of("news"),
+                 CHUNKS[1].replace(b"}", b',"mood":[]}'), *TURN[4:]]
+        lines = [line.replace(b"\n", b"\r\n") for line in lines]
+        with ScriptedServer(stream_of(*lines[:6]), coded(*lines)) as server:
+            chat = Chat(library, server.url)
+        assert chat.text == "".join(WORDS)
+        assert [kind for kind in chat.kinds if kind != "ping"] == [
+            "session_info", "status", "news", "chunk", "retry", "resumed", "news", "chunk", "chunk", "complete"]
+
+    def test_a_silent_server_is_left_and_pings_are_life(self, library, monkeypatch):
+        def ping(connection):
+            connection.sendall(stream_of(*TURN[:3]))
+            for _ in range(6):
+                time.sleep(0.2)
+                connection.sendall(line_of("ping"))
+            connection.sendall(b"".join(TURN[3:]))
+
+        def be_silent(connection):
+            connection.sendall(stream_of(*TURN[:3]))
+            connection.settimeout(PATIENCE)
+            connection.recv(1)
+        monkeypatch.setattr(library, "SILENCE", 1)
+        with ScriptedServer(be_silent, stream_of(*TURN)) as silent, ScriptedServer(ping) as alive:
+            left, kept = in_parallel(lambda server: Chat(library, server.url), [silent, alive])
+        assert left.text == kept.text == "".join(WORDS)
+        assert (len(left.pauses), silent.left) == (1, 0)
+        assert (len(kept.pauses), kept.kinds.count("ping")) == (0, 6)
+
+    def test_one_connection_serves_all_requests_and_a_dead_one_is_replaced_unseen(self, library, instant, monkeypatch):
+        monkeypatch.setattr(library, "LAST_CHUNK_TIME", PATIENCE)
+        with Proxy(instant.address) as proxy, contextlib.closing(library.Api(proxy.url)) as api:
+            def use():
+                for _ in range(2):
+                    assert "retry" not in [event["type"] for event in api.chat(TEXT)]
+                    with pytest.raises(library.Refused):
+                        api.session("nobody")
+            use()
+            assert proxy.connections == 1
+            proxy.down()
+            proxy.up()
+            use()
+            assert proxy.connections == 2
+
+    def test_a_refusal_that_comes_while_the_request_is_sent_is_read(self, library):
+        with scripted(refusal(413)) as server, pytest.raises(library.Refused, match="Because I say so"):
+            library.Api(url_of(server)).new_session("s", "x" * (16 << 20))
+
+    def test_every_method_says_what_the_server_says(self, library, own, server):
+        session = new_id()
+        with contextlib.closing(library.Api(url_of(server))) as api:
+            assert api.new_session(session)["session_id"] == session
+            assert api.new_session()["session_id"] in server.session_ids()
+            with pytest.raises(library.Refused, match="."):
+                api.new_session(session)
+            events = api.chat(LONG, session, "t-1")
+            assert next(event for event in events if event["type"] == "chunk")
+            assert api.stop(session, "t-2") is False
+            assert api.stop(session, "t-1") is True
+            assert [*events][-1]["finish_reason"] == "cancelled"
+            assert api.session(session)["messages"] == server.session(session)["messages"]
+            assert {session["session_id"] for session in api.sessions()} == server.session_ids()
+            assert api.health()["total_requests"] == api.stats()["total_requests"] == server.stats()["total_requests"]
+            api.clear(session)
+            assert server.history(session) == []
+            api.delete(session)
+            assert session not in server.session_ids()
+
+    def test_a_token_opens_the_server(self, library, own):
+        server = own("--token", TOKEN, "--chunk-delay", "0")
+        assert Chat(library, url_of(server), token=TOKEN).text.startswith("You said: ")
+        assert Chat(library, url_of(server)).trouble.code == "unauthorized"
+
+    @cases(WRONG_ANSWERS)
+    def test_an_answer_that_is_wrong_is_raised(self, library, monkeypatch, case):
+        _, method, arguments, path, body = case
+        monkeypatch.setattr(library, "MAX_ANSWER", 1 << 20)
+        script = body if callable(body) else refusal(200, body=body)
+        with ScriptedServer(pages={path: script}) as server, pytest.raises(library.BadServer, match="^The server"):
+            getattr(library.Api(server.url), method)(*arguments)
+
+    @pytest.mark.parametrize("url", BAD_URLS)
+    def test_a_bad_url_is_refused_at_once(self, library, url):
+        with pytest.raises(ValueError, match="."):
+            library.Api(url)
+
+    def test_a_path_before_the_endpoints_and_ipv6_are_good(self, library, serve):
+        with ScriptedServer(pages={"/chat/api/health": refusal(200, body=json.dumps(HEALTHY).encode())}) as server:
+            assert library.Api(server.url + "/chat/api/").health() == HEALTHY
+        try:
+            server = serve("--host", "::1", "--chunk-delay", "0")
+        except AssertionError:
+            pytest.skip("this machine has no ::1")
+        assert Chat(library, f"http://[::1]:{server.address[1]}").text
+
+
+IMPATIENT = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import streamchat_client
+streamchat_client.FIRST_PAUSE = 0
+sys.exit(streamchat_client.main())
+"""
+MESSAGES = [            # the arguments, standard input, the message
+    ((), b"\xc3\xa9 \r\n\n two\n", "\u00e9 \r\n\n two\n"), (("\u2028:",), b"a\r\nb", "\u2028:\na\r\nb"),
+]
+FAILURES = [            # what the server does, its bytes, what the program says
+    ("it is not there", None, "refused"), ("it refuses", refusal(409), "Because I say so."),
+    ("it fails", stream_of(*TURN[:3], line_of("error", message="No key")), "No key."),
+    ("it cuts again and again", stream_of(*TURN[:3]), "The stream ended before the answer did."),
+    ("somebody stops it", stream_of(*TURN[:3], line_of("complete", finish_reason="cancelled")), "was stopped."),
+    ("it talks nonsense", stream_of(INFO, b"\x1b[2J\n"), "not JSON"),
+    ("its words are hostile", stream_of(*TURN[:3], line_of("error", message="\x1b[2J\u009b")), "\\x1b[2J"),
+]
+WRONG_USES = [          # what is wrong, the arguments, standard input, what the program says
+    ("no message", (), b"", "message"), ("a blank message", (" \n",), b"\n ", "message"),
+    ("a session named new", ("--session", "new", "Hi"), b"", "--session"),
+    ("a URL that is none", ("--url", "localhost:8000", "Hi"), b"", "--url"),
+    ("a bad token", ("--token", "a b", "Hi"), b"", "token"), ("standard input is not UTF-8", (), b"\xff", "UTF-8"),
+]
+
+
+class Done(NamedTuple):
+    status: int
+    out: bytes
+    err: str
+
+
+class TestScripts:
+    """The program in a script: the bare answer is all of standard output, and the exit status says how it ended."""
+
+    def command(self, url, *arguments):
+        return [sys.executable, CLIENT, "--url", url, *arguments]
+
+    def run(self, command, stdin=b"", **more):
+        done = subprocess.run(command, input=stdin, capture_output=True, timeout=3 * PATIENCE, env=environment(**more))
+        err = done.stderr.decode()
+        assert "Traceback" not in err, err
+        assert b"\x1b" not in done.stderr
+        return Done(done.returncode, done.stdout, err)
+
+    def ask(self, server, *arguments, **more):
+        """The answer, and nothing else."""
+        done = self.run(self.command(url_of(server), *arguments), **more)
+        assert (done.status, done.err) == (0, ""), done
+        return done.out
+
+    def test_the_message_is_the_argument_and_standard_input_as_they_are(self, instant):
+        def check(case):
+            arguments, stdin, message = case
+            session = new_id()
+            out = self.ask(instant, "--session", session, *arguments, stdin=stdin)
+            (_, sent), (_, answer) = instant.history(session)
+            assert (sent, out.decode()) == (message, answer + "\n")
+        in_parallel(check, MESSAGES, 2)
+
+    def test_the_answer_is_printed_as_it_is_and_ends_with_a_newline(self):
+        def check(text):
+            lines = [INFO, STATUS, line_of("chunk", text=text, chunk_number=1), line_of("complete")]
+            with ScriptedServer(stream_of(*lines)) as server:
+                done = self.run(self.command(server.url, "Hi"))
+            assert done == (0, (text + "\n" * (not text.endswith("\n"))).encode(), "")
+        in_parallel(check, ["", " two\n\n", "\x1b[2J\u009b\0\ufeff\u2028\r"], 2)
+
+    def test_an_answer_that_the_model_ended_early_is_whole_and_it_is_told(self):
+        with ScriptedServer(stream_of(*TURN[:-1], line_of("complete", finish_reason="length\x1b"))) as server:
+            done = self.run(self.command(server.url, "Hi"))
+        assert (done.status, done.out) == (0, "".join(WORDS).encode()) and "length" in done.err
+
+    def test_a_session_goes_on(self, instant):
+        session = new_id()
+        instant.turn("Hi", session_id=session)
+        assert b"2 messages came before this one." in self.ask(instant, "--session", session, "Hi")
+
+    def test_a_token_comes_by_the_option_or_the_environment(self, own):
+        server = own("--token", TOKEN, "--chunk-delay", "0")
+        assert self.ask(server, "--token", TOKEN, "Hi", STREAMCHAT_TOKEN="other").startswith(b"You said: Hi")
+        assert self.ask(server, "Hi", STREAMCHAT_TOKEN=TOKEN).startswith(b"You said: Hi")
+        done = self.run(self.command(url_of(server), "Hi"))
+        assert (done.status, done.out, done.err.count("\n")) == (1, b"", 1) and "token" in done.err
+
+    def test_a_failure_is_one_sentence_and_status_1(self):
+        def fail(case):
+            _, script, said = case
+            with ScriptedServer(*9 * [script]) as server:
+                url = server.url if script else "http://127.0.0.1:1"
+                done = self.run([sys.executable, "-c", IMPATIENT, CLIENT.parent, "--url", url, "Hi"])
+            *tries, last = done.err.splitlines()
+            assert done.status == 1 and said in last, done
+            assert all("again" in line for line in tries)
+            assert done.out in (b"", (WORDS[0] + "\n").encode())
+        in_parallel(fail, FAILURES, 2)
+
+    def test_a_wrong_use_is_told_and_status_2(self):
+        def use(case):
+            _, arguments, stdin, said = case
+            done = self.run([sys.executable, CLIENT, *arguments], stdin)
+            assert (done.status, done.out) == (2, b"") and said in done.err.splitlines()[-1], done
+        in_parallel(use, WRONG_USES, 2)
+
+    def interrupt(self, command, output):
+        """Send Ctrl-C as soon as something is on this output; the exit status, and all that came there."""
+        with subprocess.Popen(command, bufsize=0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, env=environment()) as process:
+            try:
+                first = getattr(process, output).read(1)
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=PATIENCE)
+            finally:
+                process.kill()
+        assert b"Traceback" not in err
+        return process.returncode, first + (out if output == "stdout" else err)
+
+    @pytest.mark.parametrize("options", [(), ("--json",)], ids=["answer", "json"])
+    def test_ctrl_c_stops_the_answer_and_keeps_what_was_printed(self, server, options):
+        session = new_id()
+        status, out = self.interrupt(self.command(url_of(server), "--session", session, *options, LONG), "stdout")
+        lines = server.follow(session).read().lines
+        assert status == 130 and event_of(lines[-1])["finish_reason"] == "cancelled"
+        assert out == (b"".join(lines) if options else server.history(session)[1][1].encode() + b"\n")
+
+    def test_ctrl_c_ends_the_program_while_it_tries_again(self):
+        status, said = self.interrupt(self.command("http://127.0.0.1:1", "Hi"), "stderr")
+        assert status == 130 and b"Trying again" in said
+
+    def test_after_a_cut_the_answer_goes_on(self, instant):
+        session = new_id()
+        with Proxy(instant.address, [Fault(cut=900)]) as proxy:
+            done = self.run(self.command(proxy.url, "--session", session, TEXT))
+        assert (done.status, done.out.decode()) == (0, instant.history(session)[1][1] + "\n")
+        assert len(done.err.splitlines()) == 1 and "again" in done.err
+
+    def test_another_run_follows_on_a_new_line(self, instant, restarted):
+        session = new_id()
+        with restarting(instant, restarted) as proxy:
+            done = self.run(self.command(proxy.url, "--session", session, TEXT))
+        texts = [event_of(line).get("text", "") for line in restarted.follow(session).read().lines]
+        first = done.out.decode().removesuffix("\n" + "".join(texts) + "\n")
+        assert first and first in itertools.accumulate(texts) and "anew" in done.err
+
+    def test_json_prints_each_line_once(self, instant):
+        session = new_id()
+        with Proxy(instant.address, [Fault(cut=900)]) as proxy:
+            done = self.run(self.command(proxy.url, "--json", "--session", session, TEXT))
+        assert done.out == b"".join(instant.follow(session).read().lines)
+
+    def test_json_prints_another_run_from_its_session_info_on(self, instant, restarted):
+        session = new_id()
+        with restarting(instant, restarted) as proxy:
+            done = self.run(self.command(proxy.url, "--json", "--session", session, TEXT))
+        lines = done.out.splitlines(keepends=True)
+        starts = [at for at, line in enumerate(lines) if event_of(line)["type"] == "session_info"]
+        assert len(starts) == 2 and lines[starts[1]:] == restarted.follow(session).read().lines
+
+    def test_a_closed_output_ends_the_program_quietly(self, server):
+        session = new_id()
+        start = f"{sys.executable} {CLIENT} --url {url_of(server)} --session {session} "
+        for rest in (f"'{LONG}' | head -c 10", f"--json '{LONG}' | head -c 10", "Hi >&-"):
+            assert not self.run(["sh", "-c", start + rest]).err
+            assert wait_until(lambda: not server.session(session)["streaming"], 5), rest
+
+    def test_a_full_output_is_told_and_errors_that_nobody_can_read_do_no_harm(self, instant):
+        done = self.run(["sh", "-c", f"{sys.executable} {CLIENT} --url {url_of(instant)} Hello > /dev/full"])
+        assert (done.status, done.err.count("\n")) == (1, 1)
+        for nowhere in ("2>&-", "2> /dev/full"):
+            with Proxy(instant.address, [Fault(cut=900)]) as proxy:
+                done = self.run(["sh", "-c", f"{sys.executable} {CLIENT} --url {proxy.url} Hello {nowhere}"])
+            assert done.status == 0 and done.out.startswith(b"You said: Hello")
 
 
 # ---- Chaos: STREAMCHAT_CHAOS=SECONDS or SECONDS:SEED. More than 4 s are a long run, with more clients and cases.

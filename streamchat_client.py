@@ -33,6 +33,7 @@ import random
 import re
 import shutil
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -40,7 +41,7 @@ import unicodedata
 import uuid
 import webbrowser
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -489,9 +490,11 @@ class Api:
                 connection.close()
                 if reused and isinstance(error, ConnectionError):
                     continue
-                if isinstance(error, OSError | IncompleteRead):
+                tls = isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
+                if isinstance(error, OSError | IncompleteRead) and not tls:
                     raise Lost(reason(error)) from error
-                raise BadServer(f"The server does not speak HTTP ({reason(error)[:100].strip()}).") from error
+                what = "TLS as it should" if tls else "HTTP"
+                raise BadServer(f"The server does not speak {what} ({str(error)[:200].strip()}).") from error
 
     def _keep(self, connection: HTTPConnection, response: HTTPResponse) -> None:
         if connection.sock and not response.isclosed():  # the last transfer chunk is not read yet
@@ -1385,6 +1388,8 @@ def parse_arguments() -> argparse.Namespace:
             arguments.message = read_message(arguments.message)
         except UnicodeDecodeError:
             parser.error("standard input is not UTF-8")
+        except OSError as error:
+            parser.error(f"cannot read standard input: {error.strerror}")
         if not arguments.message.strip():
             parser.error("there is no message")
     return arguments
@@ -1404,18 +1409,18 @@ def main() -> int:
     sys.stdout, sys.stderr = map(output, (sys.stdout, sys.stderr))
     try:
         arguments = parse_arguments()
-        session = Session(arguments.session)
-        if arguments.interactive:
-            return interact(Client(arguments.api, session, Screen), arguments.session)
-        client = Client(arguments.api, session, Lines if arguments.json else Answer)
-        answer = client.send(Turn(session, arguments.message, new_id()))
-        return 130 if answer.interrupted else 0 if answer.status == "SUCCESS" else 1
+        with closing(arguments.api) as api:
+            if arguments.interactive:
+                return interact(Client(api, Session(arguments.session), Screen), arguments.session)
+            client = Client(api, Session(arguments.session), Lines if arguments.json else Answer)
+            answer = client.send(Turn(client.session, arguments.message, new_id()))
+            return 130 if answer.interrupted else 0 if answer.status == "SUCCESS" else 1
     except KeyboardInterrupt:
         return 130
-    except OSError as error:  # of standard output; those of the network are ChatErrors
-        if not isinstance(error, BrokenPipeError):
-            complain(f"❌ Cannot write the answer: {as_sentence(error.strerror)}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails, too
+    except BrokenPipeError:  # nobody reads standard output any more
+        return 1
+    except OSError as error:  # of standard output, too; those of the network are ChatErrors
+        complain(f"❌ Cannot write the answer: {as_sentence(error.strerror)}")
         return 1
 
 

@@ -42,7 +42,6 @@ import uuid
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
@@ -280,13 +279,12 @@ def seconds_of(retry_after: str) -> float:
 # ---- Api: a method an endpoint. It prints nothing, and knows no terminal. --------------------------------------------
 
 
-@dataclass
 class Received:
     """What came of a run of a turn: enough to tell what is new when its log comes again from the first line."""
 
-    run: bytes = b""  # its session_info line
-    chunks: int = 0  # their numbers are 1 to this
-    others: int = 0  # lines of the log that have no number
+    run = b""  # its session_info line
+    chunks = 0  # their numbers are 1 to this
+    others = 0  # lines of the log that have no number
 
 
 class Api:
@@ -872,18 +870,18 @@ RULE = "─" * 60
 # ---- client: sends turns, counts them, hears Ctrl-C. It knows no commands. -------------------------------------------
 
 
-@dataclass
 class Statistics:
     """What this client did since it was started. A recovered stream is one that was cut and came whole all the same."""
 
-    started: float = field(default_factory=time.monotonic)
-    sent: int = 0
-    successful: int = 0  # stopped ones, too
-    recovered: int = 0  # of the successful ones
-    failed: int = 0
-    chunks: int = 0
-    created: int = 0  # sessions
-    seconds: float = 0  # of the successful ones
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.sent = 0
+        self.successful = 0  # stopped ones, too
+        self.recovered = 0  # of the successful ones
+        self.failed = 0
+        self.chunks = 0
+        self.created = 0  # sessions
+        self.seconds = 0.0  # of the successful ones
 
     def count(self, answer: Answer) -> None:
         """Add an answer that has ended."""

@@ -1252,7 +1252,7 @@ class Keyboard:
     """Lines with editing, history and completion, where Python has readline."""
 
     def __init__(self) -> None:
-        self.path = Path(HISTORY).expanduser()
+        self.path = Path(os.path.expanduser(HISTORY))  # which never raises
         self.readline: Any = None
         with suppress(ImportError):  # Windows; and imported only here, since for some terminals it prints at once
             import readline

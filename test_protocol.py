@@ -2973,33 +2973,76 @@ def width(line):
     return len(line) + wide - marks + line.count("\ufe0f")
 
 
+class Terminal:
+    """A program in a pseudo-terminal, as a person has it before them: what it has shown so far, and what they type."""
+
+    SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[=>])")
+
+    def __init__(self, command, columns=80, **more):
+        pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
+        self.shown, self.read = b"", 0
+        self.outer, inner = pty.openpty()
+        more = {"PYTHONIOENCODING": "utf-8", "TERM": "xterm", "COLUMNS": str(columns)} | more
+        self.process = subprocess.Popen(command, env=environment(**more), stdin=inner, stdout=inner, stderr=inner)
+        os.close(inner)
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        os.close(self.outer)
+
+    def _read(self):
+        with contextlib.suppress(OSError):      # the terminal's other side is closed
+            while data := os.read(self.outer, 65_536):
+                self.shown += data
+
+    @property
+    def text(self):
+        return self.shown.decode("utf-8", "replace")    # the last character may not be whole yet
+
+    @property
+    def plain(self):
+        return self.SEQUENCE.sub("", self.text).replace("\r\n", "\n")
+
+    def wait(self, pattern):
+        """Wait for this to be shown, after what was waited for before. Returns the match."""
+        compiled = re.compile(pattern, re.MULTILINE | re.DOTALL)
+        found = wait_until(lambda: compiled.search(self.plain, self.read))
+        assert found, f"no {pattern!r} in {self.plain[self.read:]!r}"
+        self.read = found.end()
+        return found
+
+    def type(self, text):
+        os.write(self.outer, text.encode("utf-8", "surrogateescape"))
+
+    def seen(self):
+        """What stands there for a person to see: what was overwritten or erased is gone."""
+        lines, at = [[]], 0
+        for part in re.findall(self.SEQUENCE.pattern + "|.", self.text, re.DOTALL):
+            if part == "\n":
+                lines.append([])
+            elif part in "\r\b":
+                at = 0 if part == "\r" else at - 1
+            elif part == "\x1b[K":
+                del lines[-1][at:]
+            elif not part.startswith("\x1b"):
+                lines[-1][at:at + width(part)] = [part, *"\0" * (width(part) - 1)]
+                at += width(part)
+        return "\n".join("".join(line).replace("\0", "").rstrip() for line in lines)
+
+
 @contextlib.contextmanager
 def terminal(*flags, **more):
-    """A server of our own in a pseudo-terminal, and a function that tells what it has shown so far."""
-    pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
-    outer, inner = pty.openpty()
-    process, shown = start(flags, inner, PYTHONIOENCODING="utf-8", **more), []
-    os.close(inner)
-
-    def read():
-        with contextlib.suppress(OSError):      # the terminal's other side is closed
-            while data := os.read(outer, 65_536):
-                shown.append(data)
-
-    def text():
-        return b"".join(shown).decode()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        found = wait_until(lambda: re.search(r"^Serving on http://127\.0\.0\.1:(\d+)\r", text(), re.MULTILINE))
-        assert found, text()
-        yield Server("127.0.0.1", int(found[1]), flags), text
-    finally:
-        process.kill()
-        process.wait(PATIENCE)
-        reader.join(PATIENCE)
-        os.close(outer)
+    """A server of our own in a pseudo-terminal, and what it has shown so far."""
+    with Terminal([sys.executable, str(SERVER), *flags], **more) as shown:
+        port = shown.wait(r"^Serving on http://127\.0\.0\.1:(\d+)$")[1]
+        yield Server("127.0.0.1", int(port), flags), lambda: shown.text
 
 
 @NOT_OURS
@@ -4709,6 +4752,447 @@ class TestScripts:
             with Proxy(instant.address, [Fault(cut=900)]) as proxy:
                 done = self.run(["sh", "-c", f"{sys.executable} {CLIENT} --url {proxy.url} Hello {nowhere}"])
             assert done.status == 0 and done.out.startswith(b"You said: Hello")
+
+
+CLIENT_COMMANDS = ["/help", "/stats", "/server", "/health", "/docs", "/demo", "/clear", "/quit", "/new", "/info",
+                   "/sessions", "/switch", "/reset", "/delete", "/history", "/retry"]
+NOT_SENT = [            # what is typed before the first message, what is said
+    ("/hlep", "no command /hlep.*/help"), ("/xyzzy", "no command /xyzzy"), ("/HELP", "no command /HELP"),
+    ("/", "no command /"), ("/info now", "/info takes nothing"), ("/switch", "/switch needs"),
+    ("/switch 99", "no such session"), ("/switch nobody", "no such session"), ("/retry", "nothing to send again"),
+    ("/reset", "no session yet"), ("/delete", "no session yet"), ("/info", "no session yet"),
+    ("/history", "no session yet"), ("   ", ""),
+]
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+RULE = "\u2500" * 60
+ONE_SECOND = "word " * 200          # a turn that runs for 1 s at the pace of the `server` fixture
+HOSTILE_NAME = "\u91cf\u5b50 \U0001f600 " + FORGED
+HOSTILE_ANSWERS = [
+    b"HTTP/1.0 409 Conflict\r\n\r\n" + json.dumps({"detail": FORGED}).encode(),
+    b"HTTP/1.0 302 Found\r\nLocation: x\x1b[31mFORGED\r\n\r\n", b"HTTP/1.0 500 x\x1b[31mFORGED\r\n\r\n",
+]
+
+
+class TerminalChat(Terminal):
+    """The client in a pseudo-terminal. `changes` shrinks its limits; `home` keeps what one run leaves to the next."""
+
+    def __init__(self, url, *arguments, changes="pass", home=None, **more):
+        self.folder, self.session = tempfile.TemporaryDirectory(), None
+        self.home = home or Path(self.folder.name)
+        # Ctrl-C reaches only who has the terminal as its own
+        program = f"import os, sys, streamchat_client as client; os.login_tty(0); {changes}; sys.exit(client.main())"
+        more = {"HOME": str(self.home), "BROWSER": 'sh -c "echo $0 >> $HOME/opened" %s'} | more
+        super().__init__([sys.executable, "-c", program, "--url", url, *arguments], PYTHONPATH=str(SERVER.parent),
+                         **more)
+
+    def __exit__(self, *_):
+        super().__exit__()
+        self.folder.cleanup()
+        assert "Traceback" not in self.plain, self.plain
+
+    def wait_for_prompt(self):
+        self.session = self.wait(r"^You (?:\[([^\]\n]+)\] )?\u203a ")[1]
+
+    def enter(self, line):
+        """Type a line at the prompt; returns what is shown for it until the next prompt."""
+        begin = self.read
+        self.type(line + "\r")
+        self.wait_for_prompt()
+        return self.plain[begin:self.read].partition("\n")[2].rpartition("\n")[0]
+
+    def paste(self, text):
+        """As a terminal does it: in brackets, if the program has asked for that."""
+        asked = self.text.rfind("\x1b[?2004h") > self.text.rfind("\x1b[?2004l")
+        self.type(f"\x1b[200~{text}\x1b[201~" if asked else text)
+
+    def wait_for_end(self):
+        status = self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        return status
+
+    def leave(self):
+        """Leave by Ctrl-D; returns the rows of the statistics."""
+        self.type(CTRL_D)
+        assert self.wait_for_end() == 0
+        return rows_of(self.plain[self.read:])
+
+
+@contextlib.contextmanager
+def chatting(url, *arguments, **more):
+    """A chat that has come to its first prompt."""
+    with TerminalChat(url, *arguments, **more) as chat:
+        chat.wait_for_prompt()
+        yield chat
+
+
+@contextlib.contextmanager
+def away(proxy, chat):
+    """In the middle of an answer the server can't be reached for a while."""
+    chat.type(ONE_SECOND + "\r")
+    chat.wait("You said: (word ){8}")
+    proxy.down()
+    chat.wait("Trying again")
+    yield
+    proxy.up()
+
+
+def rows_of(shown):
+    """The rows of a box by their names."""
+    return dict(re.findall(r"^\u2502 ([^:]+): (.*?) *\u2502$", shown, re.MULTILINE))
+
+
+def check_boxes(shown):
+    boxes = [line for line in shown.split("\n") if line[:1] in tuple("\u250c\u2502\u2514")]
+    assert {width(line) for line in boxes} == {64}, boxes
+    assert {line[-1] for line in boxes} == set("\u2510\u2502\u2518"), boxes
+
+
+def check_shown(chat, server, session):
+    """The last answer on the screen is that of the history, but for white space: what tells of a cut is a new line."""
+    shown = re.sub("^\U0001f504 .*\n", "", chat.seen().split(RULE + "\n")[-2], flags=re.MULTILINE)
+    assert shown.split() and "".join(shown.split()) == "".join(server.history(session)[-1][1].split())
+
+
+def forged(value):
+    """The same JSON, but each of its strings (and no event's type) is hostile."""
+    return json.loads(json.dumps(value), object_hook=lambda fields: {
+        name: HOSTILE_NAME if isinstance(text, str) and name != "type" else text for name, text in fields.items()})
+
+
+@NOT_OURS
+class TestTerminalClient:
+    """The client as a person sees it: in a pseudo-terminal, typed to."""
+
+    def test_it_greets_and_shows_each_answer_between_rules_and_then_a_box(self, server):
+        session, message = new_id(), "Wide \u91cf\u5b50 \U0001f600 \U0001f5a5\ufe0f, na\u00efve"
+        with chatting(url_of(server), "--session", session) as chat:
+            assert re.match(rf"\S+ STREAMABLE HTTP CHAT CLIENT \S+\n\S+ Connected to {url_of(server)} ", chat.seen())
+            assert chat.session is None
+            first, second = chat.enter(message), chat.enter("And now?")
+            assert chat.session == session[:8] + "..."
+            seen = chat.seen()
+        chunks = [event for event in map(event_of, server.follow(session).read().lines) if event["type"] == "chunk"]
+        answers = [text for role, text in server.history(session) if role == "model"]
+        head = f"\U0001f916 AI Response (HTTP Streaming) ({session[:8]}... - offline)"
+        for typed, context, answer in [(message, 0, answers[0]), ("And now?", 2, answers[1])]:
+            assert f"\u203a {typed}\n" in seen
+            assert (f"\n\U0001f4ad Generating response... (Context: {context} messages)\n\n"
+                    f"{head}\n{RULE}\n{answer}\n{RULE}\n\n") in seen
+        rows = rows_of(second)
+        assert rows["Total Chunks"] == str(len(chunks)) and re.fullmatch(r"\d+\.\d{3}s", rows["Total Time"])
+        assert (rows["Context Messages"], rows["Transfer-Encoding"], rows["Status"]) == ("4", "chunked", "SUCCESS")
+        assert rows_of(first)["Context Messages"] == "2" and re.search(r" COMPLETED \[[\d:]{8}\.\d{3}\] ", first)
+        check_boxes(seen)
+
+    def test_something_moves_on_one_line_until_the_first_chunk(self, server):
+        with Proxy(server.address, [Fault(delay=0.3)]) as proxy, chatting(proxy.url, columns=30) as chat:
+            chat.enter("Hi")
+            drawn = re.findall(r"\r((\S) \S+ (?:Sending|Generating)[^\r\n]*)(?=\r)", chat.plain)
+            assert len({sign for _, sign in drawn}) > 2 and max(width(line) for line, _ in drawn) < 30
+            assert "Sending" not in chat.seen() and chat.seen().count("Generating") == 1
+
+    def test_help_lists_the_commands(self, server):
+        with chatting(url_of(server)) as chat:
+            shown = chat.enter("/help")
+        rows = re.findall(r"^\u2502 (/\w+)(?: N\|ID)? +\S.*[^. ] +\u2502$", shown, re.MULTILINE)
+        assert rows == CLIENT_COMMANDS
+        check_boxes(shown)
+        assert max(map(width, shown.splitlines())) <= 80
+
+    def test_boxes_tell_what_the_server_tells(self, serve):
+        server = serve("--chunk-delay", "0", "--log", "off")
+        with chatting(url_of(server), "--session", "a-chat") as chat:
+            for line in ("Hi", "/new", "one two three four five six", "again"):
+                chat.enter(line)
+            shown = {name: chat.enter("/" + name) for name in ("stats", "server", "health", "info", "sessions")}
+            for page in ("/docs", "/demo"):
+                assert f"URL: {url_of(server)}{page}" in chat.enter(page)
+            left = chat.leave()
+            assert (chat.home / "opened").read_text().split() == [url_of(server) + page for page in ("/docs", "/demo")]
+        check_boxes("\n".join(shown.values()))
+        stats, sessions = server.stats(), [one["session_id"] for one in server.get("/sessions")["sessions"]]
+        name = sessions[0][:8] + "..."
+        expected = {
+            "stats": {"Messages Sent": 3, "Successful Streams": 3, "Recovered Streams": 0, "Failed Streams": 0,
+                      "Total Chunks Received": stats["total_chunks"], "Sessions Created": 2, "Current Session": name,
+                      "Avg Chunks per Stream": f"{stats['total_chunks'] / 3:.1f}", "Session Messages": 4},
+            "server": {"Total Requests": 3, "Successful": 3, "Failed": 0, "Active Sessions": 2, "Active Streams": 0,
+                       "Total Sessions Created": 2, "Avg Response Time": f"{stats['average_response_time']:.3f}s",
+                       "Model": "offline", "Framework": stats["framework"]},
+            "health": {"Status": "healthy", "Model": "offline", "Total Requests": 3, "Active Sessions": 2},
+            "info": {"Session ID": name, "Model": "offline", "Total Messages": 4, "User Messages": 2, "AI Messages": 2},
+        }
+        for box, rows in expected.items():
+            assert rows_of(shown[box]).items() >= {name: str(value) for name, value in rows.items()}.items()
+        assert left.items() >= {name: str(value) for name, value in expected["stats"].items()}.items()
+        rows = re.findall(r"^\u2502 (\d)\. (\S+) \((\d) msgs, .*\)( \u2190 CURRENT)? *\u2502$", shown["sessions"], re.M)
+        assert rows == [("1", name, "4", " \u2190 CURRENT"), ("2", "a-chat", "2", "")]
+
+    def test_sessions_are_changed_read_cleared_and_deleted(self, instant):
+        ids = [new_id() for _ in range(3)]
+        for session in ids:
+            instant.turn(f"question of {session}", session_id=session)
+        shorts = [session[:8] + "..." for session in ids]
+        with chatting(url_of(instant), "--session", ids[0]) as chat:
+            numbers = {name: number for number, name in re.findall(r"(\d+)\. (\S+) \(", chat.enter("/sessions"))}
+            for argument, name in [(numbers[shorts[1]], shorts[1]), (ids[2], shorts[2]), (shorts[0], shorts[0])]:
+                chat.enter(f"/switch {argument}")
+                assert chat.session == name
+            chat.enter("more")
+            shown = chat.enter("/history")
+            at = [shown.index(text) for _, text in instant.history(ids[0])]
+            assert len(at) == 4 and at == sorted(at)
+            chat.enter("/clear")
+            assert chat.text.count("\x1b[2J") == 1
+            chat.enter("/reset")
+            assert instant.history(ids[0]) == [] and "question" not in chat.enter("/history")
+            chat.enter("/delete")
+            assert chat.session is None and instant.session_ids() & set(ids) == set(ids[1:])
+
+    def test_one_slash_begins_a_command_and_two_a_message(self, instant):
+        before = instant.stats()["total_requests"]
+        with chatting(url_of(instant), "--session", session := new_id()) as chat:
+            for typed, said in NOT_SENT:
+                assert re.search(said, chat.enter(typed)), typed
+            assert instant.stats()["total_requests"] == before
+            chat.enter("//help me")
+        assert instant.history(session)[0] == ("user", "/help me")
+
+    @pytest.mark.parametrize("keys", ["/quit\r", CTRL_D], ids=["quit", "Ctrl-D"])
+    def test_who_leaves_sees_the_statistics(self, instant, keys):
+        with chatting(url_of(instant)) as chat:
+            chat.enter("Hi")
+            chat.type(keys)
+            assert chat.wait_for_end() == 0
+            chat.wait("CLIENT SESSION STATISTICS.* Messages Sent: 1 .*Goodbye")
+
+    def test_ctrl_c_drops_the_line_and_leaves_when_it_comes_again_at_an_empty_one(self, instant):
+        with chatting(url_of(instant), "--session", session := new_id()) as chat:
+            for _ in range(2):
+                chat.type("half a line")
+                chat.wait("half a line")
+                chat.type(CTRL_C)
+                chat.wait_for_prompt()
+            chat.enter("Hi")
+            chat.type(CTRL_C)
+            chat.wait("Ctrl-C again")
+            chat.wait_for_prompt()
+            chat.type(CTRL_C)
+            assert chat.wait_for_end() == 0
+            chat.wait("CLIENT SESSION STATISTICS")
+        assert [text for role, text in instant.history(session) if role == "user"] == ["Hi"]
+
+    def test_what_was_typed_is_there_in_the_next_run(self, instant, tmp_path):
+        with chatting(url_of(instant), home=tmp_path) as chat:
+            chat.enter("one message")
+            chat.leave()
+        [file] = tmp_path.glob(".*history")
+        assert file.stat().st_mode & 0o777 == 0o600
+        with chatting(url_of(instant), "--session", session := new_id(), home=tmp_path) as chat:
+            chat.enter(UP)
+        assert instant.history(session)[0] == ("user", "one message")
+
+    def test_tab_completes_a_command(self, instant):
+        with chatting(url_of(instant)) as chat:
+            assert "Show all commands" in chat.enter("/hel\t")
+
+    def test_a_message_may_have_many_lines(self, instant):
+        with chatting(url_of(instant), "--session", session := new_id()) as chat:
+            chat.enter('"""\rline 1\r\r/quit\r"""')
+            chat.type('"""\rline 1\r\r/quit\r' + CTRL_D)
+            chat.wait_for_prompt()
+            chat.paste("line 1\r\r/quit")
+            chat.enter("")
+        assert [text for role, text in instant.history(session) if role == "user"] == ["line 1\n\n/quit"] * 3
+
+    def test_what_is_typed_in_another_encoding_does_no_harm(self, instant):
+        with chatting(url_of(instant), "--session", session := new_id()) as chat:
+            chat.enter("caf\udce9")
+            chat.enter("Hi")
+        assert instant.history(session)[-2] == ("user", "Hi")
+
+    @pytest.mark.parametrize("more", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])
+    def test_colour_can_be_turned_off(self, instant, more):
+        with chatting(url_of(instant), **more) as chat:
+            chat.enter("Hi")
+            chat.leave()
+            assert not re.search(r"\x1b\[[\d;]*m", chat.text)
+            assert "TERM" not in more or "\x1b" not in chat.text
+
+    def test_a_session_that_is_named_begins_with_the_first_message(self, instant):
+        with chatting(url_of(instant), "--session", session := new_id()) as chat:
+            assert session not in instant.session_ids()
+            chat.enter("Hi")
+        assert len(instant.history(session)) == 2
+
+    def test_who_comes_back_sees_a_running_answer_and_its_question(self, server):
+        with contextlib.closing(server.chat(ONE_SECOND, session_id=(session := new_id())).connection), \
+                TerminalChat(url_of(server), "--session", session) as chat:
+            chat.wait(rf"^You \[{session[:8]}\.\.\.\] \u203a {ONE_SECOND}$")
+            chat.wait_for_prompt()
+            check_shown(chat, server, session)
+            assert chat.leave()["Messages Sent"] == "0"
+
+    def test_without_a_server_the_prompt_comes_all_the_same(self, instant):
+        with Proxy(instant.address) as proxy:
+            proxy.down()
+            with chatting(proxy.url, changes="client.FIRST_PAUSE = 0.01; client.RETRIES = 1") as chat:
+                assert chat.seen().count("refused") == 1
+                assert rows_of(chat.enter("Hi"))["Status"] == "FAILED"
+                proxy.up()
+                assert rows_of(chat.enter("/retry"))["Status"] == "SUCCESS"
+
+    def test_a_wrong_token_is_told_in_one_line(self, own):
+        with TerminalChat(url_of(own("--token", "right", "--log", "off")), "--token", "wrong") as chat:
+            assert chat.wait_for_end() == 1
+            assert re.search(r"\n\S+ .*token.*\n\Z", chat.plain) and chat.plain.count("\n") == 2
+
+
+@NOT_OURS
+class TestTerminalClientStops:
+    """Ctrl-C stops the answer, whatever the client is doing, and the prompt comes back."""
+
+    def press(self, chat):
+        """Press Ctrl-C. The prompt comes back soon, and the answer counts as stopped."""
+        begin, pressed = chat.read, time.monotonic()
+        chat.type(CTRL_C)
+        chat.wait_for_prompt()
+        assert time.monotonic() - pressed < 5
+        assert rows_of(chat.plain[begin:chat.read])["Status"] == "STOPPED"
+
+    def test_what_came_is_kept(self, server):
+        with chatting(url_of(server), "--session", session := new_id()) as chat:
+            chat.type(LONG + "\r")
+            chat.wait("You said: (word ){12}")
+            self.press(chat)
+            assert not server.stats()["streams"]
+            check_shown(chat, server, session)
+            assert rows_of(chat.enter("Hi"))["Context Messages"] == "4"
+            assert rows_of(chat.enter("/stats"))["Failed Streams"] == "0"
+
+    def test_before_the_first_chunk(self, server):
+        with Proxy(server.address, [Fault(delay=0.3)]) as proxy, \
+                chatting(proxy.url, "--session", session := new_id()) as chat:
+            chat.type(LONG + "\r")
+            assert wait_until(lambda: server.stats()["streams"])
+            self.press(chat)
+            assert not server.stats()["streams"] and rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
+        assert server.history(session)[-2] == ("user", "Hi")
+
+    def test_while_the_server_is_stuck(self, server):
+        with Proxy(server.address, [Fault(stall=900)]) as proxy, \
+                chatting(proxy.url, changes="client.STOP_TIME = 0.5") as chat:
+            chat.type(LONG + "\r")
+            chat.wait("You said: word")
+            self.press(chat)
+            assert not server.stats()["streams"] and rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
+
+    def test_while_the_server_is_away(self, server):
+        with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
+            with away(proxy, chat):
+                self.press(chat)
+            assert rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
+        assert server.history(session)[-2] == ("user", "Hi")
+
+
+@NOT_OURS
+class TestTerminalClientRecovers:
+    """After a cut the text on the screen is the server's, nothing twice and nothing missing."""
+
+    def test_a_cut_answer_goes_on(self, server):
+        cuts = [Fault(cut=9), Fault(cut=900), Fault(cut=900, reset=True)]
+        faults = [fault for cut in cuts for fault in (cut, Fault())]
+        with Proxy(server.address, [*faults, Fault(split=True)]) as proxy, \
+                chatting(proxy.url, "--session", session := new_id()) as chat:
+            for number in range(4):
+                chat.enter(f"{number}: {TEXT}")
+                check_shown(chat, server, session)
+            assert len(re.findall("^\U0001f504 ", chat.seen(), re.MULTILINE)) == 3, "one line tells of a cut"
+            left = chat.leave()
+        assert [left[name + " Streams"] for name in ("Successful", "Recovered", "Failed")] == ["4", "3", "0"]
+        assert len(server.history(session)) == 8
+
+    def test_it_waits_for_a_server_that_is_away(self, server):
+        with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
+            with away(proxy, chat):
+                chat.wait("refused.*2 of")
+            chat.wait_for_prompt()
+            check_shown(chat, server, session)
+            assert len(re.findall("^\U0001f504 ", chat.seen(), re.MULTILINE)) <= 2
+
+    def test_a_stuck_server_is_tried_again(self, server):
+        with Proxy(server.address, [Fault(stall=900)]) as proxy, \
+                chatting(proxy.url, "--session", session := new_id(), changes="client.SILENCE = 1") as chat:
+            assert "silent" in chat.enter(TEXT)
+            check_shown(chat, server, session)
+
+    def test_a_server_that_lost_its_memory_runs_the_turn_anew(self, server, serve):
+        with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
+            chat.enter("The first turn")
+            with away(proxy, chat):
+                restarted = serve("--chunk-delay", "0", "--log", "off")
+                proxy.target = restarted.address
+            chat.wait("run anew.*context is gone|context is gone.*run anew")
+            chat.wait_for_prompt()
+            check_shown(chat, restarted, session)
+            assert chat.leave()["Sessions Created"] == "2"
+
+    def test_who_gives_up_can_retry_the_same_turn(self, server):
+        with Proxy(server.address, [Fault(cut=9)] * 2) as proxy, \
+                chatting(proxy.url, "--session", session := new_id(), changes="client.RETRIES = 1") as chat:
+            shown = chat.enter(TEXT)
+            assert rows_of(shown)["Status"] == "FAILED" and "/retry" in shown
+            assert rows_of(chat.enter("/stats"))["Failed Streams"] == "1"
+            assert rows_of(chat.enter("/retry"))["Status"] == "SUCCESS"
+            check_shown(chat, server, session)
+            assert "nothing to send again" in chat.enter("/retry")
+        assert len(server.history(session)) == 2
+
+    def test_a_session_that_was_deleted_comes_back_only_on_request(self, server):
+        with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
+            with away(proxy, chat):
+                server.request("DELETE", f"/sessions/{session}")
+            chat.wait("deleted")
+            chat.wait_for_prompt()
+            assert chat.session is None and session not in server.session_ids()
+            chat.enter("/retry")
+            check_shown(chat, server, session)
+
+
+@NOT_OURS
+class TestTerminalClientIsSafe:
+    """Control characters from outside are shown as escapes, and never act on the terminal."""
+
+    def check_safe(self, chat):
+        shown = re.sub(r"\x1b\[(\d+(;\d+)*m|\?2004[hl])", "", chat.text)
+        assert {character for character in shown if unicodedata.category(character) == "Cc"} <= set("\r\n")
+        assert not [raw for raw in ("\rFORGED", "\x1b[31mFORGED", "\ufffd") if raw in chat.text]
+
+    def test_in_questions_answers_and_the_history(self, server):
+        with contextlib.closing(server.chat(FORGED + LONG, session_id=(session := new_id())).connection), \
+                chatting(url_of(server), "--session", session) as chat:
+            chat.wait("You said: .*word")
+            assert server.stop(session)
+            chat.wait_for_prompt()
+            chat.enter("/history")
+            assert chat.plain.count(r"\x1b[31mFORGED") == 4
+            self.check_safe(chat)
+
+    def test_in_all_that_a_server_says(self, instant):
+        instant.turn("Hi", session_id="hostile")
+        pages = {path: instant.get(path) for path in ("/stats", "/health", "/sessions", "/sessions/hostile")}
+        pages["/sessions/new"] = instant.request("POST", "/sessions/new").json
+        pages = {path: ("application/json", json.dumps(forged(page)).encode()) for path, page in pages.items()}
+        turns = [answer(map(forged, events)) for events in (flawless(), end_with(retryable=False)(flawless()))]
+        faults = [Fault(instead=script.replace(b"keep-alive", b"close")) for script in (*turns, *HOSTILE_ANSWERS)]
+        with Site(instant.address, pages, faults) as site, chatting(site.url, "--session", "hostile") as chat:
+            assert r"\x1b[31mFORGED" in chat.plain
+            for line in (*(["Hi"] * len(faults)), "/server", "/health", "/sessions", "/info", "/history", "/new"):
+                shown = chat.enter(line)
+                assert r"\x" in shown or r"\n" in shown, line
+                self.check_safe(chat)
+            check_boxes(chat.seen())
+            assert not next(site.faults, None)
 
 
 # ---- Chaos: STREAMCHAT_CHAOS=SECONDS or SECONDS:SEED. More than 4 s are a long run, with more clients and cases.

@@ -1141,13 +1141,19 @@ def own(farm):
         server.end_all_turns()
 
 
+@contextlib.contextmanager
+def fresh_servers():
+    with contextlib.ExitStack() as stack:
+        yield lambda *flags, **more: stack.enter_context(running(*flags, **more))
+
+
 @pytest.fixture
 def serve():
     """A factory of fresh servers of our own, for who stops them, counts from zero or reads their log."""
     if OUTSIDE:
         pytest.skip("needs a server of our own, with special flags")
-    with contextlib.ExitStack() as stack:
-        yield lambda *flags, **more: stack.enter_context(running(*flags, **more))
+    with fresh_servers() as serve:
+        yield serve
 
 
 def cases(table):
@@ -1155,9 +1161,32 @@ def cases(table):
     return pytest.mark.parametrize("case", table, ids=[row[0] for row in table])
 
 
+NOT_OURS = pytest.mark.skipif(bool(OUTSIDE), reason="needs a server of our own, with special flags")
+WAITING = {}        # the tests that mostly wait, by what pytest calls in their turn
+
+
+def waits(test):
+    """A test that mostly waits, and takes `serve` alone: it runs beside others, and is judged in its turn."""
+    @NOT_OURS
+    def in_its_turn(self, request, begun):
+        begun[request.node].result()
+    WAITING[in_its_turn] = test
+    return in_its_turn
+
+
+@pytest.fixture(scope="session")
+def begun(request):
+    """Of the tests that were chosen, those that mostly wait: they begin all at once."""
+    def run(item):
+        with fresh_servers() as serve:
+            WAITING[item.function](item.instance, serve)
+    items = [item for item in request.session.items if item.function in WAITING]
+    with ThreadPoolExecutor(len(WAITING)) as pool:
+        yield {item: pool.submit(run, item) for item in items}
+
+
 # ---- Run it
 
-NOT_OURS = pytest.mark.skipif(bool(OUTSIDE), reason="needs a server of our own, with special flags")
 WRONG_FLAGS = [
     ("--bogus",), ("--port", "x"), ("--port", "65536"), ("--port", "-1"), ("--log", "loud"),
     ("--chunk-words", "0"), ("--chunk-words", "1.5"), ("--chunk-delay", "-0.1"), ("--chunk-delay", "nan"),
@@ -1168,7 +1197,15 @@ WRONG_FLAGS = [
 ]
 
 
+@pytest.fixture(scope="class")
+def refusals():
+    """Two at once, for each start keeps a core busy."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {flags: pool.submit(TestRunIt().refuse, "--port", "0", *flags) for flags in WRONG_FLAGS}
+
+
 @NOT_OURS
+@pytest.mark.usefixtures("begun")
 class TestRunIt:
     """One command serves. What can't be served is one line on stderr and exit status 2; a signal is exit status 0."""
 
@@ -1187,8 +1224,8 @@ class TestRunIt:
         assert flags <= set(re.findall(r"--[a-z-]+", shown))
 
     @pytest.mark.parametrize("flags", WRONG_FLAGS, ids=" ".join)
-    def test_a_wrong_flag_is_refused(self, flags):
-        assert flags[0] in self.refuse("--port", "0", *flags)
+    def test_a_wrong_flag_is_refused(self, refusals, flags):
+        assert flags[0] in refusals[flags].result()
 
     def test_a_port_in_use_is_refused_in_one_line(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -1213,15 +1250,15 @@ class TestRunIt:
             socket.create_server((host, 0), family=socket.getaddrinfo(host, 0)[0][0]).close()
         except OSError:
             pytest.skip(f"this machine has no {host}")
-        serve("--host", host).turn("Hi")
+        serve("--host", host, "--chunk-delay", "0").turn("Hi")
 
     def test_with_a_token_others_may_reach_the_host(self, serve):
-        serve("--token", TOKEN, "--host", "0.0.0.0").turn("Hi")
+        serve("--token", TOKEN, "--host", "0.0.0.0", "--chunk-delay", "0").turn("Hi")
         assert ask(serve("--host", "0.0.0.0", STREAMCHAT_TOKEN=TOKEN), "GET", "/stats", BEARER).status == 200
 
     def test_the_flag_goes_before_the_environment_and_an_empty_variable_is_no_token(self, serve):
         for flags, token in [(("--token", TOKEN), "another"), ((), "")]:
-            serve(*flags, STREAMCHAT_TOKEN=token).turn("Hi")
+            serve(*flags, "--chunk-delay", "0", STREAMCHAT_TOKEN=token).turn("Hi")
 
     @pytest.mark.parametrize("flags, more", [
         (("--model", "gemini-x"), {}), ((), {"GENAI_MODEL_ID": "gemini-x"}),
@@ -1238,17 +1275,19 @@ class TestRunIt:
         said = self.refuse("--port", "0", GOOGLE_API_KEY="no-real-key", PYTHONPATH=str(tmp_path))
         assert "google-genai" in said and "--model offline" in said and "\n" not in said
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-    def test_a_signal_lets_a_short_turn_complete(self, serve, number):
-        server = serve()
-        stream = server.chat("a b c d e f g h i j k l m n o p q r s t u v w x y z")
-        stream.read_until("chunk")
-        before = len(server.log())
-        server.process.send_signal(number)
-        assert stream.check().end["finish_reason"] == "stop"
-        assert server.process.wait(PATIENCE) == 0
-        assert re.search(r"total.requests\D*1\b", server.log()[before:], re.IGNORECASE), "no statistics"
+    @waits
+    def test_a_signal_lets_a_short_turn_complete(self, serve):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            server = serve()
+            stream = server.chat("a b c d e f g h i j k l m n o p q r s t u v w x y z")
+            stream.read_until("chunk")
+            before = len(server.log())
+            server.process.send_signal(number)
+            assert stream.check().end["finish_reason"] == "stop"
+            assert server.process.wait(PATIENCE) == 0
+            assert re.search(r"total.requests\D*1\b", server.log()[before:], re.IGNORECASE), "no statistics"
 
+    @waits
     def test_signals_that_come_together_stop_the_server_once(self, serve):
         server = serve()
         stream = server.chat("Hello")
@@ -1271,12 +1310,14 @@ class TestRunIt:
             process.wait(PATIENCE)
 
     def test_a_signal_may_come_at_once(self, serve):
-        for pause in (0, 0.001, 0.002, 0.005, 0.01, 0.02):
+        def interrupt(pause):
             server = serve()
             time.sleep(pause)
             server.process.send_signal(signal.SIGINT)
             assert server.process.wait(2) == 0
+        in_parallel(interrupt, (0, 0.001, 0.002, 0.005, 0.01, 0.02), workers=2)
 
+    @waits
     def test_a_new_turn_while_the_server_shuts_down_is_refused(self, serve):
         server = serve("--chunk-delay", "0.02")
         stream = server.chat(LONG, session_id="s")
@@ -1293,6 +1334,7 @@ class TestRunIt:
         assert server.response(connection).json["active_sessions"] == 1, "the refused turn made a session"
         stream.abort()
 
+    @waits
     def test_a_signal_ends_a_long_turn_after_5_seconds(self, serve):
         server = serve("--chunk-delay", "0.02")
         session = new_id()
@@ -1512,14 +1554,16 @@ class TestTheStream:
 class TestPace:
     """`check_turn` holds the words of a chunk and the time between chunks against the server's flags."""
 
-    @pytest.mark.parametrize("words, delay", [(1, 0.05), (3, 0.01), (50, 0.1)])
-    def test_the_flags_set_the_pace(self, own, words, delay):
+    @waits
+    def test_the_flags_set_the_pace(self, serve):
         message = "one  two\tthree\nfour five,six " * 4
-        turn = own("--chunk-words", str(words), "--chunk-delay", str(delay)).turn(message)
-        assert max(len(chunk["text"].split()) for chunk in turn.chunks) == min(words, len(turn.text.split()))
+        for words, delay in [(1, 0.05), (3, 0.01), (50, 0.1)]:
+            turn = serve("--chunk-words", str(words), "--chunk-delay", str(delay)).turn(message)
+            assert max(len(chunk["text"].split()) for chunk in turn.chunks) == min(words, len(turn.text.split()))
 
-    def test_no_chunk_leaves_before_its_timestamp_or_long_after(self, own):
-        stream = own("--chunk-delay", "0.02").chat("word " * 100).read(2)
+    @waits
+    def test_no_chunk_leaves_before_its_timestamp_or_long_after(self, serve):
+        stream = serve("--chunk-delay", "0.02").chat("word " * 100).read(2)
         while (event := event_of(stream.read(1).lines[-1]))["type"] == "chunk":
             late = time.time() - moment(event["timestamp"]).timestamp()
             assert -0.001 < late < 1
@@ -1628,7 +1672,7 @@ class TestTurns:
             assert sum(stops) == (turn.end["finish_reason"] == "cancelled"), "only who stopped it is told so"
             assert server.follow(session).check() == turn
             check_history(server, session, message, turn)
-        in_parallel(race, [chance.uniform(-0.03, 0.003) for _ in range(100)], workers=4)
+        in_parallel(race, [chance.uniform(-0.03, 0.003) for _ in range(100)])
         check_balance(before, server.stats(), turns=100, failed=0)
 
     def test_any_number_of_readers_may_follow(self, server):
@@ -1722,8 +1766,7 @@ def check_balance(before, after, turns=None, failed=None):
 class TestCutConnections:
     """A lost connection is not a stop: resume reads on, a retry is the same POST again, and the turn runs once."""
 
-    @pytest.mark.parametrize("again", ["resume", "retry"])
-    def test_a_cut_at_any_byte_loses_nothing(self, farm, again):
+    def test_a_cut_at_any_byte_loses_nothing(self, farm):
         server = farm("--chunk-delay", "0.005", "--chunk-words", "6", "--log", "off")
         request = {"message": "Hi there", "session_id": new_id(), "turn_id": new_id()}
         probe = server.connect()
@@ -1739,7 +1782,7 @@ class TestCutConnections:
                 for line in connection.lines(connection.read_head()):
                     seen.append(line)
             connection.abort()
-            if again == "resume":
+            if position % 2:        # resume after every other byte, retry after the others
                 chunks = [line for line in seen if event_of(line)["type"] == "chunk"]
                 lines = server.follow(request["session_id"], after=len(chunks)).read().lines
                 lines[2:2] = chunks
@@ -1838,8 +1881,9 @@ class TestCutConnections:
         second = fast.turn("second", session_id=session)
         assert fast.follow(session).check() == second
 
-    def test_a_log_is_kept_for_the_resume_window(self, own):
-        server = own(*BRISK)
+    @waits
+    def test_a_log_is_kept_for_the_resume_window(self, serve):
+        server = serve(*BRISK)
         request = {"message": "Hi", "session_id": new_id(), "turn_id": "t"}
         session = request["session_id"]
         turn = server.turn(**request)
@@ -1855,8 +1899,9 @@ class TestCutConnections:
         check_problem(reused, 409, "turn_id_reused")
         check_balance(before, server.stats(), turns=0, failed=0)
 
-    def test_a_turn_that_nobody_reads_is_cancelled_after_the_window(self, own):
-        server, session = own(*BRISK), new_id()
+    @waits
+    def test_a_turn_that_nobody_reads_is_cancelled_after_the_window(self, serve):
+        server, session = serve(*BRISK), new_id()
         stream = server.chat(LONG, session_id=session).read(4)
         stream.abort()
         left = time.monotonic()
@@ -1866,8 +1911,9 @@ class TestCutConnections:
         assert turn.end["finish_reason"] == "cancelled"
         check_history(server, session, LONG, turn)
 
-    def test_a_reader_that_comes_back_in_time_keeps_the_turn_running(self, own):
-        server, session = own(*BRISK), new_id()
+    @waits
+    def test_a_reader_that_comes_back_in_time_keeps_the_turn_running(self, serve):
+        server, session = serve(*BRISK), new_id()
         server.chat(LONG, session_id=session).read(4).abort()
         time.sleep(0.3)
         back = server.follow(session, after=2).read_until("chunk", 1)
@@ -1878,15 +1924,17 @@ class TestCutConnections:
             stream.abort()
         assert server.session(session)["streaming"]
 
-    def test_a_silent_reader_that_left_is_noticed_by_pings(self, own):
-        server, session = own(*SILENT), new_id()
+    @waits
+    def test_a_silent_reader_that_left_is_noticed_by_pings(self, serve):
+        server, session = serve(*SILENT), new_id()
         server.chat("word " * 40, session_id=session).read(3).abort()
         left = time.monotonic()
         assert wait_until(lambda: not server.session(session)["streaming"])
         assert 0.4 < time.monotonic() - left < 2.5, "two pings of 0.3 s and a window of 0.5 s"
 
-    def test_pings_come_in_a_silence_and_are_no_part_of_the_log(self, own):
-        server, session = own(*SILENT), new_id()
+    @waits
+    def test_pings_come_in_a_silence_and_are_no_part_of_the_log(self, serve):
+        server, session = serve(*SILENT), new_id()
         stream = server.chat("six words are two chunks, no?", session_id=session)
         stream.read_until("chunk", 2)
         assert 5 <= len(stream.connection.pings) <= 10
@@ -1896,8 +1944,9 @@ class TestCutConnections:
         again = server.follow(session).read()
         assert again.lines == stream.read().lines and not again.connection.pings
 
-    def test_a_client_that_closed_its_sending_half_is_still_served(self, own):
-        server = own(*BRISK)
+    @waits
+    def test_a_client_that_closed_its_sending_half_is_still_served(self, serve):
+        server = serve(*BRISK)
         stream = server.chat("word " * 400)
         stream.connection.socket.shutdown(socket.SHUT_WR)
         assert stream.check(message="word " * 400).end["processing_time"] > 1.5
@@ -2348,7 +2397,7 @@ def slow_heads(farm):
 class TestErrors:
     """Before a stream starts, every error is problem details (RFC 9457), and leaves nothing behind."""
 
-    @cases([*BAD_REQUESTS, *BAD_HEADS])
+    @cases(BAD_REQUESTS)
     def test_a_bad_request_is_refused_and_leaves_nothing_behind(self, fast, case):
         _, raw, status, code = case
         before = fast.get("/health")
@@ -2429,18 +2478,19 @@ def mutant(seed):
 class TestHttp:
     """RFC 9110 and RFC 9112 to the letter. What is wrong in a head is answered once, and ends the connection."""
 
-    @pytest.mark.parametrize("count", [1, 1000], ids=["whole", "byte by byte"])
     @cases(BAD_HEADS)
-    def test_a_bad_head_is_answered_once_however_it_arrives_and_ends_the_connection(self, fast, case, count):
+    def test_a_bad_head_is_answered_once_however_it_arrives_and_ends_the_connection(self, fast, case):
         _, raw, status, code = case
-        before, connection = fast.get("/health")["total_requests"], fast.connect()
-        for part in parts_of(raw + chat_request({"message": "smuggled"}), count):
-            connection.send(part)
-        response = fast.response(connection, close=False)
-        check_problem(response, status, code)
-        assert response.headers["connection"] == "close" and connection.at_end()
-        connection.close()
-        assert fast.get("/health")["total_requests"] == before
+        before, more = fast.get("/health"), raw + chat_request({"message": "smuggled"})
+        for parts in ([raw], [more], parts_of(more, 1000)):
+            connection = fast.connect()
+            for part in parts:
+                connection.send(part)
+            response = fast.response(connection, close=False)
+            check_problem(response, status, code)
+            assert response.headers["connection"] == "close" and connection.at_end()
+            connection.close()
+        assert fast.get("/health") | {"uptime_seconds": before["uptime_seconds"]} == before
 
     @cases(PLACES)
     def test_each_byte_may_stand_only_where_the_grammar_allows_it(self, fast, case):
@@ -2523,12 +2573,12 @@ class TestLimits:
     @pytest.mark.parametrize("version, fields", [("HTTP/1.1", ["Connection: close"]), ("HTTP/1.0", [])])
     def test_a_late_byte_does_not_cut_an_answer_that_ends_the_connection(self, fast, version, fields):
         """RFC 9112, section 9.6, too."""
-        connection = fast.connect(receive_buffer=4096)
-        connection.send(chat_request({"message": LONG}, *fields, version=version))
+        message, connection = "word " * 500, fast.connect(receive_buffer=4096)
+        connection.send(chat_request({"message": message}, *fields, version=version))
         connection.file.peek(1)
         connection.send(b"\r\n")
         time.sleep(0.1)
-        check_turn(list(connection.lines(connection.read_head())), message=LONG, **fast.pace)
+        check_turn(list(connection.lines(connection.read_head())), message=message, **fast.pace)
         assert connection.at_end()
 
     @pytest.mark.parametrize("line, field, status, code", [
@@ -2807,7 +2857,7 @@ class TestWhoMayComeIn:
         shown = subprocess.run([sys.executable, str(SERVER), "--help"], env=environment(STREAMCHAT_TOKEN=TOKEN),
                                capture_output=True, check=True, encoding="utf-8").stdout
         assert {"--token", "--allow-host", "--allow-origin"} <= set(re.findall(r"--[a-z-]+", shown))
-        server = serve("--token", TOKEN, "--debug")
+        server = serve("--token", TOKEN, "--chunk-delay", "0", "--debug")
         server.turn("Hi")
         check_problem(ask(server, "GET", "/stats", f"Authorization: Basic {TOKEN}"), 401, "unauthorized")
         check_problem(ask(server, "GET", "/stats?" + TOKEN, BEARER, "no colon"), 400, "bad_request")
@@ -2823,9 +2873,10 @@ class TestWhoMayComeIn:
         needs("curl")
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
+        until_it_serves = f"until curl -so /dev/null http://127.0.0.1:{port}/health; do kill -0 $!; sleep 0.1; done"
         script = replaced(block("sh", "# token.sh"), ("8000", port), ("0.0.0.0", f"0.0.0.0 --port {port}"),
-                          ("python3", sys.executable), ("&\nsleep 1\n", ">&2 & trap 'kill $!' EXIT\n"),
-                          ("curl", "curl -sS --retry 30 --retry-delay 1 --retry-connrefused"))
+                          ("python3", sys.executable), ("curl", "curl -sS"),
+                          ("&\nsleep 1\n", f">&2 & trap 'kill $!' EXIT\n{until_it_serves}\n"))
         printed = run(["sh", "-ec", script], SERVER.parent).encode()
         check_turn(printed.splitlines(keepends=True), message="Hello", delay=0.1, words=4)
 
@@ -3057,7 +3108,7 @@ class TestConfiguration:
         (("--model", "offline"), {"GOOGLE_API_KEY": "no-real-key"}),
     ], ids=["the flag goes before the environment", "the environment names it", "a key is no obstacle"])
     def test_the_offline_model_needs_no_key(self, serve, flags, more):
-        server = serve(*flags, **more)
+        server = serve(*flags, "--chunk-delay", "0", **more)
         assert server.get("/")["model"] == server.turn("Hi").info["model"] == "offline"
 
     def test_a_session_of_a_gemini_model_needs_a_key(self, own):
@@ -3468,7 +3519,33 @@ def ends(gemini):
     return dict(zip((row[0] for row in MODEL_ENDS), in_parallel(run, [row[0] for row in MODEL_ENDS]), strict=True))
 
 
+VARIABLES = [           # name, environment; path and key of the request
+    ("both keys and API version",
+     {"GEMINI_API_KEY": "one", "GOOGLE_API_KEY": "two", "GOOGLE_GENAI_API_VERSION": "v1alpha"}, "/v1alpha/models/",
+     "two"),
+    ("Vertex", {"GEMINI_API_KEY": "one", "GOOGLE_GENAI_USE_VERTEXAI": "true"}, "/v1beta1/publishers/google/models/",
+     "one"),
+    ("Enterprise", {"GOOGLE_API_KEY": "two", "GOOGLE_GENAI_USE_ENTERPRISE": "1"}, "/v1beta1/publishers/google/models/",
+     "two"),
+]
+
+
+@pytest.fixture(scope="class")
+def asked(stand_in):
+    """The requests of servers with these variables. They start while other tests wait: it takes them seconds."""
+    def run(more):
+        with gemini_server(stand_in, GENAI_MODEL_ID="gemini-test", **more) as server:
+            text = new_id()
+            server.turn(text)
+            assert "Both" not in server.log()
+        [request] = stand_in.asked(text)
+        return request
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, more) for name, more, *_ in VARIABLES}
+
+
 @NOT_OURS
+@pytest.mark.usefixtures("asked")
 class TestModels:
     """What Gemini does becomes the events of a turn, and a failed turn leaves the history as it was."""
 
@@ -3583,18 +3660,10 @@ class TestModels:
         with running("--chunk-delay", "0", "--model", "gemini-test", **away) as server:
             assert server.chat("hello").check().end["code"] == "model_cut"
 
-    @pytest.mark.parametrize("more, path, key", [
-        ({"GEMINI_API_KEY": "one", "GOOGLE_API_KEY": "two"}, "/v1", "two"),
-        ({"GEMINI_API_KEY": "one", "GOOGLE_GENAI_API_VERSION": "v1alpha"}, "/v1alpha/models/", "one"),
-        ({"GEMINI_API_KEY": "one", "GOOGLE_GENAI_USE_VERTEXAI": "true"}, "/v1beta1/publishers/google/models/", "one"),
-        ({"GOOGLE_API_KEY": "two", "GOOGLE_GENAI_USE_ENTERPRISE": "1"}, "/v1beta1/publishers/google/models/", "two"),
-    ], ids=["both keys", "API version", "Vertex", "Enterprise"])
-    def test_the_variables_of_google_genai_count(self, stand_in, more, path, key):
-        with gemini_server(stand_in, GENAI_MODEL_ID="gemini-test", **more) as server:
-            text = new_id()
-            server.turn(text)
-            assert "Both" not in server.log()
-        [request] = stand_in.asked(text)
+    @cases(VARIABLES)
+    def test_the_variables_of_google_genai_count(self, asked, case):
+        name, _, path, key = case
+        request = asked[name].result()
         assert request.path.startswith(path) and request.key == key
 
     def test_a_key_chooses_gemini(self, stand_in):

@@ -3767,7 +3767,8 @@ def url_of(server):
 
 def run(command, folder):
     """Run a program in a folder, and return what it printed."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, encoding="utf-8", check=False)
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=60,
+                          encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -3815,6 +3816,12 @@ def normal(text):
     return text.strip()
 
 
+def timeless(shown):
+    """What the client shows, without times."""
+    return re.sub(r"\d+:\d\d:\d\d(\.\d{3})?|\d\.\d{3}s", "TIME", shown).strip()
+
+
+@NOT_OURS
 class TestReadme:
     """What the README shows is what the server does."""
 
@@ -3842,6 +3849,28 @@ class TestReadme:
         for command, shown in blocks:
             command = replaced(command, ("curl", "curl -sS"), ("localhost:8000", url_of(server)))
             assert normal(run(["sh", "-c", command], ".")) == normal(shown)
+
+    def test_the_chat_at_a_terminal(self, serve):
+        command, _, shown = block("text", "$ python3 streamchat_client.py").partition("\n")
+        faults = [Fault(), Fault(cut=b'"chunk_number":3')]
+        with Proxy(serve().address, faults) as proxy, \
+                TerminalChat(proxy.url, *command.split()[3:], columns=100) as chat:
+            for line in re.findall("^You .*\u203a (.*)$", shown, re.MULTILINE):
+                chat.wait_for_prompt()
+                chat.type(line + "\r")
+            assert chat.wait_for_end() == 0
+            assert timeless(chat.seen().replace(proxy.url, URL)) == timeless(shown)
+
+    def test_the_client_as_a_library(self, instant, tmp_path):
+        shutil.copy(CLIENT, tmp_path)
+        (tmp_path / "library.py").write_text(replaced(block("python", "# library.py"), (URL, url_of(instant))), "utf-8")
+        assert run([sys.executable, "library.py"], tmp_path).startswith("You said: Hello!\n")
+
+    def test_the_client_in_scripts(self, instant, tmp_path):
+        client = (f"python3 {CLIENT.name}", f"{sys.executable} {CLIENT} --url {url_of(instant)}")
+        printed = run(["sh", "-ec", replaced(block("sh", "# scripts.sh"), client)], tmp_path)
+        assert (tmp_path / "answer.txt").read_text("utf-8").startswith("You said: Why is the sky blue?\n")
+        assert re.fullmatch("You said: Sum this up:\nYou said: Why .*You said: And in one .*\n[45]\n", printed, re.DOTALL)
 
 
 class TestPythonClient:

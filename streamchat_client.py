@@ -903,7 +903,7 @@ class Background:
     """A chat that runs in a thread of its own, so that this one can draw, and hear Ctrl-C, while nothing comes."""
 
     def __init__(self, chat: Callable[[Callable[[float], None]], Iterator[Event]]) -> None:
-        self.items: Queue[Event | Exception | None] = Queue(1000)  # bounded: a terminal may be slower than a server
+        self.items: Queue[Event | Exception | None] = Queue(100)  # bounded: a terminal may be slower than a server
         self.hurry = threading.Event()  # ends all pauses
         self.given_up = False
         self.events = chat(self._pause)

@@ -990,6 +990,8 @@ class Client:
         answer.finish(trouble)
         self.statistics.count(answer)
         self.failed = None if answer.complete else turn
+        if isinstance(trouble, SessionDeleted):  # only /retry makes it anew, since the user asks for that
+            self.session = Session()
         return answer
 
     def _follow(self, chat: Background, answer: Answer, pressed: list[int]) -> ChatError | None:

@@ -5246,15 +5246,18 @@ class TestTerminalClientRecovers:
             assert "nothing to send again" in chat.enter("/retry")
         assert len(server.history(session)) == 2
 
-    def test_a_session_that_was_deleted_comes_back_only_on_request(self, server):
+    @pytest.mark.parametrize("typed, comes_back", [("/retry", True), ("another message", False)])
+    def test_a_session_that_was_deleted_comes_back_only_on_request(self, server, typed, comes_back):
         with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
             with away(proxy, chat):
                 server.request("DELETE", f"/sessions/{session}")
             chat.wait("deleted")
             chat.wait_for_prompt()
             assert chat.session is None and session not in server.session_ids()
-            chat.enter("/retry")
-            check_shown(chat, server, session)
+            chat.enter(typed)
+            assert (session in server.session_ids()) is comes_back
+            if comes_back:
+                check_shown(chat, server, session)
 
 
 @NOT_OURS

@@ -47,7 +47,6 @@ from email.utils import parsedate_to_datetime
 from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from pathlib import Path
 from queue import Empty, Queue
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -66,6 +65,7 @@ MAX_ANSWER = 64 << 20  # bytes of an answer that is no stream: a session's histo
 READ_SIZE = 64 << 10  # bytes
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"  # of the sign that something is awaited
 WIDTH = 62  # columns inside a box
+RULE = "─" * 60
 
 ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")
 URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # without user, query and fragment
@@ -90,8 +90,11 @@ HEALTH = "status model uptime_seconds total_requests successful_requests failed_
          "streaming_connections"
 
 
+# ---- errors: each says what did not work as a sentence for a person, and whether the same request may help. ----------
+
+
 class ChatError(Exception):
-    """Why there is no (whole) answer, as a sentence for a person."""
+    """What did not work: the base of all errors here."""
 
     retryable = False  # whether the same request may help
     retry_after = 0.0  # seconds to wait before it
@@ -141,31 +144,40 @@ class Event(dict[str, Any]):
     coding = "none"
 
 
+class HeadLines:
+    """The file of a response while http.client reads its head: it remembers the last line, and bounds their number."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.line, self.count = file, b"", 0
+
+    def readline(self, limit: int) -> bytes:
+        self.line, self.count = self.file.readline(limit), self.count + 1
+        if self.count > MAX_HEAD:  # of 100 (Continue), say, which http.client skips without end
+            raise HTTPException("a head without an end")
+        return self.line
+
+    def close(self) -> None:
+        self.file.close()
+
+
 class Response(HTTPResponse):
     """http.client takes a head that was cut for a whole one, and so a cut for an answer. This one raises."""
 
     def begin(self) -> None:
-        file: Any = self.fp
-        line, count = b"", 0
-
-        def readline(limit: int) -> bytes:
-            nonlocal line, count
-            line, count = file.readline(limit), count + 1
-            if count > MAX_HEAD:  # of 100 (Continue), say, which http.client skips without end
-                raise HTTPException("a head without an end")
-            return line
-
-        self.fp: Any = SimpleNamespace(readline=readline, close=file.close)
+        """Read the head from `fp`, which http.client sets to None where it gives up. A cut raises IncompleteRead."""
+        head = HeadLines(self.fp)
+        self.fp: Any = head
         try:
             super().begin()
         except BadStatusLine:
-            if line and not line.endswith(b"\n") and b"HTTP/".startswith(line[:5]):
-                raise IncompleteRead(line) from None
+            # RemoteDisconnected, where nothing came, stays what it is; the beginning of a status line is a cut
+            if head.line and not head.line.endswith(b"\n") and b"HTTP/".startswith(head.line[:5]):
+                raise IncompleteRead(head.line) from None
             raise
         finally:
-            self.fp = self.fp and file  # None where a bad status line has closed it
-        if not line.endswith(b"\n"):
-            raise IncompleteRead(line)
+            self.fp = self.fp and head.file
+        if not head.line.endswith(b"\n"):
+            raise IncompleteRead(head.line)
 
 
 def read_events(response: HTTPResponse) -> Iterator[Event]:
@@ -189,8 +201,8 @@ def read_events(response: HTTPResponse) -> Iterator[Event]:
             yield event
             if event["type"] in TERMINAL:
                 return
-        if len(rest) >= MAX_LINE or rest.lstrip()[:1] not in (b"", b"{"):  # it will be no event: that is enough to know
-            parse_event(rest)
+        if len(rest) >= MAX_LINE or rest.lstrip()[:1] not in (b"", b"{"):  # it can't become an event any more
+            raise BadServer(NONSENSE.format("a line that is not JSON"))
 
 
 def parse_event(line: bytes) -> Event:
@@ -243,15 +255,15 @@ def read_body(response: HTTPResponse, limit: int) -> bytes:
         body = response.read(limit)
     except (OSError, HTTPException) as error:
         raise Lost(reason(error)) from error
-    except ValueError as error:  # a transfer chunk of less than no bytes
+    except ValueError as error:  # a transfer chunk of negative size
         raise BadServer(NONSENSE.format("an answer that is not HTTP")) from error
     length = response.headers.get("Content-Length", "")
-    if len(body) < limit and length.isdecimal() and len(body) < int(length[:20]):
+    if len(body) < limit and length.isdecimal() and len(body) < int(length[:20]):  # int() refuses very many digits
         raise Lost("the connection broke")
     return body
 
 
-def read_refusal(response: HTTPResponse) -> ChatError:
+def read_refusal(response: HTTPResponse) -> Refused:
     """What another status than 200 says: the problem's detail (RFC 9457) where it is one. A proxy's HTML is none."""
     status = f"{response.status} {response.reason}".strip()
     if 300 <= response.status < 400:
@@ -276,7 +288,7 @@ def seconds_of(retry_after: str) -> float:
     return 0
 
 
-# ---- Api: a method an endpoint. It prints nothing, and knows no terminal. --------------------------------------------
+# ---- Api: the endpoints, and a turn that survives cuts. It prints nothing, and knows no terminal. --------------------
 
 
 class Received:
@@ -284,7 +296,7 @@ class Received:
 
     run = b""  # its session_info line
     chunks = 0  # their numbers are 1 to this
-    others = 0  # lines of the log that have no number
+    others = 0  # lines of the log but session_info, chunks and the terminal event
 
 
 class Api:
@@ -306,8 +318,8 @@ class Api:
         self._kind = HTTPSConnection if secure else HTTPConnection
         self._address = host, parts.port or self._kind.default_port
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        self._start_time = ""  # of the server, when it was asked last
-        self._idle: list[HTTPConnection] = []  # at most one; a list, since its pop() is safe between threads
+        self._started = ""  # the server's start_time, when it was asked last
+        self._idle: list[HTTPConnection] = []  # at most one; a list, whose pop() and append() are safe between threads
 
     def chat(self, message: str, session_id: str | None = None, turn_id: str | None = None,
              known: bool = False, pause: Callable[[float], Any] = time.sleep) -> Iterator[Event]:
@@ -318,13 +330,12 @@ class Api:
         another run: what came before it is dropped. After an `error` comes a `retry` or TurnFailed.
 
         `known` says that the server has the session. When it has, and the session is deleted meanwhile, it is not made
-        anew, but SessionDeleted raised. `pause` waits for so many seconds; it may raise to end all this.
+        anew, but SessionDeleted raised. (What tells a delete from a restart is the server's start_time, so the first
+        chat() asks for that.) `pause` waits for so many seconds; it may raise to end all this.
         """
-        if not self._start_time:
-            with suppress(ChatError):
-                self.stats()
+        started = self._started or self._ask_start_time()
         body = {"message": message, "session_id": session_id or new_id(), "turn_id": turn_id or new_id()}
-        received, tries, most = Received(), 0, 0
+        received, tries, most = Received(), 0, 0  # `most` chunks came, of whatever run: only more of them are progress
         while True:
             try:
                 for event in self._receive(body, received):
@@ -342,8 +353,11 @@ class Api:
             tries += 1
             yield Event(type="retry", reason=str(trouble), number=tries, seconds=seconds)
             pause(seconds)
-            if known and self._was_deleted(body["session_id"]):
-                raise SessionDeleted("The session was deleted meanwhile, and the answer with it.")
+            if known and started and self._is_missing(body["session_id"]):
+                now = self._ask_start_time()
+                if now == started:
+                    raise SessionDeleted("The session was deleted meanwhile, and the answer with it.")
+                known = not now  # a server that was restarted has lost it
 
     def _receive(self, body: dict[str, str], received: Received) -> Iterator[Event]:
         """POST a turn, and yield the events that are not in `received` yet."""
@@ -363,9 +377,9 @@ class Api:
                 if event["chunk_number"] > received.chunks:
                     received.chunks += 1
                     yield event
-            elif kind in EVENTS and kind != "status":
+            elif kind in ("ping", *TERMINAL):
                 yield event
-            else:
+            else:  # status, and what later versions may have: told apart by their place alone
                 others += 1
                 if others > received.others:
                     received.others += 1
@@ -375,15 +389,19 @@ class Api:
         if event.get("total_chunks", received.chunks) != received.chunks:
             raise StreamCut("a part of the stream is missing")
 
-    def _was_deleted(self, session_id: str) -> bool:
-        """Whether a session is gone, though the server was not restarted."""
-        before = self._start_time
-        with suppress(ChatError):  # the POST will tell
+    def _is_missing(self, session_id: str) -> bool:
+        with suppress(Lost, BadServer):  # the POST will tell
             try:
                 self.session(session_id)
             except Refused as error:
-                return error.status == 404 and self.stats()["start_time"] == before
+                return error.status == 404
         return False
+
+    def _ask_start_time(self) -> str:
+        """The server's start_time, or "" where it does not tell."""
+        with suppress(ChatError):
+            return self.stats()["start_time"]
+        return ""
 
     def stop(self, session_id: str, turn_id: str | None = None) -> bool:
         """Stop the running turn, or only the one that is named. False where it was not running."""
@@ -429,7 +447,7 @@ class Api:
         """The server's counters and averages."""
         stats = self._ask("GET", "/stats",
                           HEALTH + " total_sessions_created average_response_time start_time framework")
-        self._start_time = stats["start_time"]
+        self._started = stats["start_time"]
         return stats
 
     def close(self) -> None:
@@ -472,7 +490,9 @@ class Api:
         """
         data = None if body is None else json.dumps(body).encode()
         while True:
-            reused = self._idle.pop() if self._idle else None
+            reused = None
+            with suppress(IndexError):
+                reused = self._idle.pop()
             connection = reused or self._kind(*self._address)
             connection.response_class = Response
             connection.timeout = silence
@@ -521,7 +541,7 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
-# ---- text: what a terminal can show. It knows nothing of chats. ------------------------------------------------------
+# ---- text: what a terminal can show, and how it gets there. It knows nothing of turns and servers. -------------------
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but newline and tab, DEL, C1
 
@@ -531,18 +551,18 @@ def escape(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def one_line(text: str) -> str:
+    """The same where newlines and tabs would do harm, too."""
+    return escape(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def columns(text: str) -> int:
-    """How many columns a terminal gives to a text: two for wide characters and emoji, none for marks."""
+    """About how many columns a terminal gives to a text: two for wide characters and emoji, none for marks."""
     total = 0
     for char, following in zip(text, text[1:] + " ", strict=False):
         if unicodedata.category(char) not in ("Mn", "Me", "Cf"):
             total += 2 if unicodedata.east_asian_width(char) in "WF" or following == "\ufe0f" else 1
     return total
-
-
-def one_line(text: str) -> str:
-    """The same where newlines and tabs would do harm, too."""
-    return escape(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def fit(text: str, width: int) -> str:
@@ -586,6 +606,48 @@ def average(total: float, count: int, form: str) -> str:
     return format(total / count, form) if count else "-"
 
 
+def as_sentence(trouble: Any) -> str:
+    """What went wrong, as sentences on one line; at most 1,000 characters."""
+    text = escape(" ".join(str(trouble)[:1000].split())) or "something went wrong"
+    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
+
+
+def write(text: str) -> None:
+    """To standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    """A line on standard error."""
+    with suppress(OSError):  # nobody reads it
+        print(escape(text), file=sys.stderr, flush=True)
+
+
+def paint(colour: str, text: str) -> str:
+    """The text in a colour (ECMA-48, section 8.3.117), where standard output is a terminal that shows it."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
+
+
+@contextmanager
+def no_echo() -> Iterator[None]:
+    """What is typed into an answer does not show in it, but at the next prompt."""
+    try:
+        import termios
+    except ImportError:  # Windows, where nothing is shown before it is read
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    during = [*before]
+    during[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, during)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
 # ---- answer: what is seen of a turn while it runs, on a pipe and on a terminal. The only room that prints answers. ---
 
 
@@ -611,7 +673,7 @@ class Answer:
     def __init__(self, turn: Turn) -> None:
         self.turn, self.context = turn, turn.session.messages
         self.model, self.coding = "?", "none"
-        self.chunks = self.received = self.retries = 0  # of this run; of all runs; POSTs after the first
+        self.chunks = self.received = self.retries = 0  # of this run; of all runs; POSTs announced after the first
         self.created = 0  # how often the server made the session
         self.started, self.first_chunk, self.ended = time.monotonic(), 0.0, 0.0
         self.cut = ""  # why it was sent again
@@ -634,6 +696,7 @@ class Answer:
         self.coding = event.coding if event.line else self.coding
         self.recovering = kind == "retry"
         if kind == "session_info":
+            self.settle()
             self._open(event)
         elif kind == "status":
             self._look_back(event.get("context_messages", 0))
@@ -657,7 +720,7 @@ class Answer:
             session.messages = self.complete.get("message_count", session.messages)
         if isinstance(trouble, SessionDeleted):  # who sends it again after this wants the session anew
             session.messages, session.known = 0, False
-        self.close()
+        self.show_end()
 
     def _open(self, event: Event) -> None:
         self.model = event.get("model", self.model)
@@ -697,11 +760,14 @@ class Answer:
     def tick(self) -> None:
         """A tenth of a second has gone by."""
 
-    def attention(self) -> AbstractContextManager[None]:
-        """For the time in which the answer comes."""
+    def settle(self) -> None:
+        """What is on the screen stays."""
+
+    def quiet_keyboard(self) -> AbstractContextManager[None]:
+        """Keeps what is typed out of the answer while it comes."""
         return nullcontext()
 
-    def close(self) -> None:
+    def show_end(self) -> None:
         """Show how it ended."""
         if self.last != "\n" and (self.last or self.complete):
             write("\n")
@@ -732,10 +798,13 @@ class Lines(Answer):
         """The new session_info line says so, too."""
         self.note(sentence)
 
-    def close(self) -> None:
+    def show_end(self) -> None:
         """Say what is in no line."""
         if self.trouble:
             complain(f"❌ {as_sentence(self.trouble)}")
+
+
+SENDING = "💭 Sending..."
 
 
 class Screen(Answer):
@@ -743,16 +812,15 @@ class Screen(Answer):
 
     def __init__(self, turn: Turn) -> None:
         super().__init__(turn)
-        self.live, self.frame = "💭 Sending...", 0  # the live line, and the frame of its sign
+        self.live, self.frame = SENDING, 0  # the live line, and the frame of its sign
         self.drawn = 0  # its columns, as it stands on the screen
-        self.kept = False  # whether it is worth to stay there
         self.opened = False  # whether the head of the answer is there
         self.tick()
 
     def text(self, text: str) -> None:
         """A part of the answer, with the head before the first."""
         if self.live:
-            self._settle()
+            self.settle()
         if text and not self.opened:
             self.opened = True
             head = f"🤖 AI Response (HTTP Streaming) ({short(self.turn.session.session_id)} - {self.model})"
@@ -766,7 +834,7 @@ class Screen(Answer):
 
     def note(self, sentence: str) -> None:
         """A line of its own."""
-        self._settle()
+        self.settle()
         self._end_line()
         write(paint("33", sentence) + "\n")
 
@@ -776,10 +844,8 @@ class Screen(Answer):
 
     def wait(self, sentence: str) -> None:
         """Put it on the live line."""
-        if self.retries and self.cut not in sentence:
-            self._settle()
         self._end_line()
-        self.live, self.kept = sentence, True
+        self.live = sentence
         self.tick()
 
     def tick(self) -> None:
@@ -792,13 +858,20 @@ class Screen(Answer):
             self.drawn = columns(line)
             write(line)
 
-    def attention(self) -> AbstractContextManager[None]:
-        """For the time in which the answer comes."""
+    def settle(self) -> None:
+        """Let the live line stay as it is, without its sign."""
+        self._erase()
+        if self.live and self.live != SENDING:
+            write(paint("2", escape(self.live)) + "\n")
+        self.live = ""
+
+    def quiet_keyboard(self) -> AbstractContextManager[None]:
+        """Keeps what is typed out of the answer while it comes."""
         return no_echo()
 
-    def close(self) -> None:
+    def show_end(self) -> None:
         """The rule, and a box with the numbers."""
-        self._settle()
+        self.settle()
         self._end_line()
         write((paint("36", RULE) + "\n" if self.opened else "") + "\n")
         status, now = self.status, datetime.now().strftime("%H:%M:%S.%f")[:-3]
@@ -814,57 +887,23 @@ class Screen(Answer):
         if self.complete and self.complete.get("finish_reason", "stop") not in ("stop", "cancelled"):
             rows["Finish Reason"] = self.complete["finish_reason"]
         if self.retries:
-            rows["Tries"] = self.retries + 1
+            rows["Retries"] = self.retries
         write(paint({"SUCCESS": "32", "STOPPED": "33"}.get(status, "31"),
                     box(f"📡 HTTP STREAM {title} [{now}]", rows)) + "\n")
         if self.trouble:
             write(paint("31", f"❌ {as_sentence(self.trouble)}") + "\n   /retry sends your message again.\n")
         elif not self.complete:
-            write("   The server did not confirm the stop. /retry asks for the rest of the answer.\n")
+            write("   The server did not confirm the stop. /retry sends your message again.\n")
 
     def _erase(self) -> None:
         if self.drawn:
             write("\r" + " " * self.drawn + "\r")
         self.drawn = 0
 
-    def _settle(self) -> None:
-        """Let the live line stay as it is, without its sign."""
-        self._erase()
-        if self.live and self.kept:
-            write(paint("2", escape(self.live)) + "\n")
-        self.live = ""
-
     def _end_line(self) -> None:
         if self.last not in ("", "\n"):
             write("\n")
         self.last = ""
-
-
-def as_sentence(trouble: Any) -> str:
-    """What went wrong, as sentences on one line; at most 1,000 characters."""
-    text = escape(" ".join(str(trouble)[:1000].split())) or "something went wrong"
-    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
-
-
-def write(text: str) -> None:
-    """To standard output, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def complain(text: str) -> None:
-    """A line on standard error."""
-    with suppress(OSError):  # nobody reads it
-        print(escape(text), file=sys.stderr, flush=True)
-
-
-def paint(colour: str, text: str) -> str:
-    """The text in a colour (ECMA-48, section 8.3.117), where standard output is a terminal that shows it."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
-
-
-RULE = "─" * 60
 
 
 # ---- client: sends turns, counts them, hears Ctrl-C. It knows no commands. -------------------------------------------
@@ -876,12 +915,13 @@ class Statistics:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.sent = 0
-        self.successful = 0  # stopped ones, too
+        self.successful = 0  # stopped ones, too, if the server said so
         self.recovered = 0  # of the successful ones
         self.failed = 0
-        self.chunks = 0
-        self.created = 0  # sessions
+        self.chunks = 0  # of all streams
+        self.whole = 0  # chunks of the successful ones
         self.seconds = 0.0  # of the successful ones
+        self.created = 0  # sessions
 
     def count(self, answer: Answer) -> None:
         """Add an answer that has ended."""
@@ -890,6 +930,7 @@ class Statistics:
         if answer.complete:
             self.successful += 1
             self.recovered += answer.retries > 0
+            self.whole += answer.chunks
             self.seconds += answer.ended - answer.started
         else:
             self.failed += 1
@@ -935,24 +976,6 @@ class Background:
 
 
 @contextmanager
-def no_echo() -> Iterator[None]:
-    """What is typed into an answer does not show in it, but at the next prompt."""
-    try:
-        import termios
-    except ImportError:  # Windows, where nothing is shown before it is read
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    during = [*before]
-    during[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, during)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
-
-
-@contextmanager
 def interrupts() -> Iterator[list[int]]:
     """The Ctrl-Cs that come meanwhile, as a list that grows: an exception could lose the event that is just taken."""
     pressed: list[int] = []
@@ -963,53 +986,83 @@ def interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
+class Stop:
+    """Asks the server to stop a turn, in a thread of its own, until it has done so, or for STOP_TIME."""
+
+    def __init__(self, api: Api, turn: Turn) -> None:
+        self.api, self.turn = api, turn
+        self.deadline = time.monotonic() + STOP_TIME
+        self.confirmed = False
+        self.in_vain = 0  # how often the server could not be asked, or had no such turn running
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while not self.is_late():
+            if stop(self.api, self.turn):
+                self.confirmed = True
+                return
+            self.in_vain += 1
+            time.sleep(0.2)  # the POST may be under way
+
+    def is_late(self) -> bool:
+        """Whether it is time to give up."""
+        return time.monotonic() > self.deadline
+
+
+def stop(api: Api, turn: Turn) -> bool:
+    """Ask the server once to stop a turn; whether it did."""
+    with suppress(ChatError):
+        return api.stop(turn.session.session_id, turn.turn_id)
+    return False
+
+
 class Client:
     """One user's chat with one server."""
 
-    def __init__(self, api: Api, session: Session, answer: type[Answer]) -> None:
-        self.api, self.session, self.answer = api, session, answer
+    def __init__(self, api: Api, session: Session, answers: type[Answer]) -> None:
+        self.api, self.session, self.answers = api, session, answers
         self.statistics = Statistics()
-        self.failed: Turn | None = None  # the last turn, if there is no whole answer to it
+        self.unanswered: Turn | None = None  # the last turn, if there is no whole answer to it
         self.listed: list[str] = []  # session ids, in the order in which the user saw them last
 
     def send(self, turn: Turn) -> Answer:
         """Send a turn (again), show its answer, and return that when it has ended, however it ended."""
-        if self.failed and self.failed.turn_id != turn.turn_id:
-            self._stop(self.failed)  # where it could not be reached before, it may run on
-        answer = self.answer(turn)
-        chat = Background(lambda pause: self.api.chat(turn.message, turn.session.session_id, turn.turn_id,
-                                                      turn.session.known, pause))
+        before, self.unanswered = self.unanswered, turn
+        answer = self.answers(turn)
+        chat = Background(lambda pause: self._chat(turn, before, pause))
         try:
-            with interrupts() as pressed, answer.attention():
+            with interrupts() as pressed, answer.quiet_keyboard():
                 trouble = self._follow(chat, answer, pressed)
         except OSError:  # nobody reads the answer
-            self._stop(turn)
+            stop(self.api, turn)
             raise
         finally:
             chat.give_up()
         answer.finish(trouble)
         self.statistics.count(answer)
-        self.failed = None if answer.complete else turn
+        if answer.complete:
+            self.unanswered = None
         if isinstance(trouble, SessionDeleted):  # only /retry makes it anew, since the user asks for that
             self.session = Session()
         return answer
 
+    def _chat(self, turn: Turn, before: Turn | None, pause: Callable[[float], None]) -> Iterator[Event]:
+        if before and before.turn_id != turn.turn_id:
+            stop(self.api, before)  # it may run on, if it could not be reached when it was given up
+        yield from self.api.chat(turn.message, turn.session.session_id, turn.turn_id, turn.session.known, pause)
+
     def _follow(self, chat: Background, answer: Answer, pressed: list[int]) -> ChatError | None:
-        """Show what comes, until the answer ends; after Ctrl-C, at most for STOP_TIME. Returns why it failed."""
-        deadline = next_try = 0.0
+        """Show what comes, until the answer ends; after Ctrl-C until it is stopped. Returns why it failed."""
+        stopping = None
         while True:
-            if pressed:
-                answer.interrupted, now = True, time.monotonic()
-                deadline = deadline or now + STOP_TIME
-                if now >= next_try:
-                    if self._stop(answer.turn):
-                        next_try = deadline + 1
-                        chat.hurry.set()  # to what was sent before the stop, if the answer was cut
-                    elif answer.recovering:
-                        return None
-                    else:
-                        next_try = now + 0.2  # the POST may be under way
-                if now > deadline or len(pressed) > 1:
+            if pressed and not stopping:
+                answer.interrupted, stopping = True, Stop(self.api, answer.turn)
+            if stopping:
+                if stopping.confirmed:
+                    chat.hurry.set()  # to what was sent before the stop, if the answer was cut
+                unreachable = answer.recovering and stopping.in_vain and not stopping.confirmed
+                if unreachable or stopping.is_late() or len(pressed) > 1:
+                    stopping.deadline = 0  # or it would stop what /retry begins
                     return None
             try:
                 item = chat.items.get(timeout=0.1)
@@ -1022,12 +1075,6 @@ class Client:
                 raise item
             answer.take(item)
 
-    def _stop(self, turn: Turn) -> bool:
-        """Ask the server to stop the turn; whether it did."""
-        with suppress(ChatError):
-            return self.api.stop(turn.session.session_id, turn.turn_id)
-        return False
-
 
 # ---- commands: name -> function. Their docstrings are what /help prints. ---------------------------------------------
 
@@ -1038,7 +1085,7 @@ class Quit(Exception):
 
 def show_help(client: Client) -> None:
     """Show all commands"""
-    rows = {name + (" N|ID" if name in TAKES_ARGUMENT else ""): function.__doc__ for name, function in COMMANDS.items()}
+    rows = {f"{name} {ARGUMENTS.get(name, '')}": function.__doc__ for name, function in COMMANDS.items()}
     rows |= {"//text": "Send a message that begins with a slash", '"""': "Begin, and end, a message of many lines",
              "Ctrl-C": "Stop the answer", "Ctrl-D": "Exit client"}
     print("\n" + box("📡 COMMANDS", [f"{name:13} {what}" for name, what in rows.items()]))
@@ -1054,7 +1101,7 @@ def show_stats(client: Client) -> None:
         "Recovered Streams": own.recovered,
         "Failed Streams": own.failed,
         "Total Chunks Received": own.chunks,
-        "Avg Chunks per Stream": average(own.chunks, own.successful, ".1f"),
+        "Avg Chunks per Stream": average(own.whole, own.successful, ".1f"),
         "Sessions Created": own.created,
         "Avg Response Time": average(own.seconds, own.successful, ".3f") + ("s" if own.successful else ""),
         "Current Session": short(session.session_id) if session.known else "-",
@@ -1157,12 +1204,14 @@ def list_sessions(client: Client) -> None:
 
 def switch_session(client: Client, argument: str) -> None:
     """Go to session N of /sessions, or to ID"""
-    listed = client.listed or [session["session_id"] for session in client.api.sessions()]
-    if argument.isdecimal() and 0 < int(argument) <= len(listed):
-        argument = listed[int(argument) - 1]
-    elif matches := [session_id for session_id in listed if argument in (session_id, short(session_id))]:
-        argument = matches[0]
-    enter(client, argument)
+    ids = [session["session_id"] for session in client.api.sessions()]
+    numbers = {str(number): session_id for number, session_id in enumerate(client.listed or ids, 1)}
+    begin = argument.removesuffix("...")  # as boxes and the prompt shorten it
+    found = [numbers[argument]] if argument in numbers else [one for one in ids if one == argument] or [
+        one for one in ids if one.startswith(begin)]
+    if len(found) != 1:
+        raise ChatError(f"There is {'more than one' if found else 'no such'} session: /sessions lists them.")
+    enter(client, found[0])
 
 
 def reset_session(client: Client) -> None:
@@ -1191,10 +1240,10 @@ def show_history(client: Client) -> None:
 
 def retry_turn(client: Client) -> None:
     """Send a message that failed again"""
-    if not client.failed:
+    if not client.unanswered:
         raise ChatError("There is nothing to send again: no message has failed.")
-    client.session = client.failed.session
-    client.send(client.failed)
+    client.session = client.unanswered.session
+    client.send(client.unanswered)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -1203,7 +1252,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "/sessions": list_sessions, "/switch": switch_session, "/reset": reset_session, "/delete": delete_session,
     "/history": show_history, "/retry": retry_turn,
 }
-TAKES_ARGUMENT = {"/switch"}
+ARGUMENTS = {"/switch": "N|ID"}
 
 
 def current(client: Client) -> Session:
@@ -1231,12 +1280,13 @@ def run_command(client: Client, line: str) -> None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"Did you mean {near[0]}?" if near else "/help lists them all."
-        raise ChatError(f"There is no command {name}. {hint}")
-    if argument and name not in TAKES_ARGUMENT:
-        raise ChatError(f"{name} takes nothing after it.")
-    if name in TAKES_ARGUMENT and not argument:
-        raise ChatError(f"{name} needs a number of /sessions, or a session's ID.")
-    COMMANDS[name](client, *filter(None, [argument]))
+        raise ChatError(f"There is no command {name}. {hint} (// sends a message with a slash.)")
+    if bool(argument) != (name in ARGUMENTS):
+        raise ChatError(f"{name} takes nothing after it." if argument else f"{name} needs {ARGUMENTS[name]} after it.")
+    if argument:
+        COMMANDS[name](client, argument)
+    else:
+        COMMANDS[name](client)
 
 
 # ---- prompt: lines from a person -------------------------------------------------------------------------------------
@@ -1265,7 +1315,7 @@ class Keyboard:
     def _set_up(self) -> None:
         readline = self.readline
         readline.set_auto_history(False)
-        readline.set_completer(lambda text, state: [*filter(lambda name: name.startswith(text), COMMANDS), None][state])
+        readline.set_completer(self._complete)
         readline.set_completer_delims(" ")
         if "libedit" in (readline.__doc__ or ""):
             readline.parse_and_bind("bind ^I rl_complete")
@@ -1273,10 +1323,17 @@ class Keyboard:
             readline.parse_and_bind("tab: complete")
             if os.environ.get("TERM") != "dumb":
                 readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted newline is text then, and no Enter
-        with suppress(OSError, ValueError):  # there is none yet, or it is not ours
+        with suppress(OSError, UnicodeDecodeError):  # there is none yet, or it is not ours
             self.path.chmod(0o600)
-            for line in self.path.read_text("utf-8").splitlines()[-HISTORY_LINES:]:
-                readline.add_history(json.loads(line))
+            lines = self.path.read_text("utf-8").splitlines(keepends=True)[-HISTORY_LINES:]
+            self.path.write_text("".join(lines), "utf-8")
+            for line in lines:
+                with suppress(ValueError):  # somebody changed it
+                    readline.add_history(str(json.loads(line)))
+
+    def _complete(self, text: str, state: int) -> str | None:
+        names = [name for name in COMMANDS if name.startswith(text) and self.readline.get_begidx() == 0]
+        return [*names, None][state]
 
     def typed(self) -> str:
         """What is in the line that Ctrl-C has ended."""
@@ -1314,7 +1371,7 @@ class Keyboard:
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
-def chat(client: Client) -> None:
+def converse(client: Client) -> None:
     """Chat with a person, until they leave."""
     keyboard, leaving = Keyboard(), False
     while True:
@@ -1350,7 +1407,8 @@ def greet(client: Client, session_id: str | None) -> None:
     try:
         stats = client.api.stats()
         print(f"🎉 Connected to {client.api.url} ({one_line(stats['model'])})\n"
-              "📡 HTTP chunked streaming enabled - responses will appear as they're generated!")
+              "📡 HTTP chunked streaming enabled - responses will appear as they're generated!\n"
+              "   /help lists the commands.")
         if session_id:
             enter(client, session_id)
     except Lost as error:
@@ -1359,11 +1417,10 @@ def greet(client: Client, session_id: str | None) -> None:
         if error.code != "session_not_found":
             raise
         print(f"📋 Session {short(client.session.session_id)} begins with your first message.")
-    print("   /help lists the commands.")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """A wrong one ends the program with status 2."""
+    """What the command line says, with an Api; `message` is None for a chat. What is wrong ends it with status 2."""
     parser = argparse.ArgumentParser(description="Chat over streamable HTTP, at a terminal or in a script.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (%(default)s)")
     parser.add_argument("--session", metavar="ID", help="go on with this session, or begin it")
@@ -1372,35 +1429,37 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("message", metavar="MESSAGE", nargs="?", help="print the answer to this, and to standard input "
                         "where that is piped, and end")
     arguments = parser.parse_args()
-    arguments.token = arguments.token or os.environ.get("STREAMCHAT_TOKEN") or None
+    token = arguments.token or os.environ.get("STREAMCHAT_TOKEN")
     if arguments.session is not None and not ID.fullmatch(arguments.session):
         parser.error("--session must be 1 to 64 of A-Z, a-z, 0-9, _ and -, but not new")
-    if arguments.token and not TOKEN.fullmatch(arguments.token):
+    if token and not TOKEN.fullmatch(token):
         parser.error("the token must be printable ASCII without spaces")
     try:
-        arguments.api = Api(arguments.url, arguments.token)
+        arguments.api = Api(arguments.url, token)
     except ValueError as error:
         parser.error(f"--url: {escape(str(error))}")
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    arguments.interactive = terminal and arguments.message is None and not arguments.json
-    if not arguments.interactive:
-        try:
-            arguments.message = read_message(arguments.message)
-        except UnicodeDecodeError:
-            parser.error("standard input is not UTF-8")
-        except OSError as error:
-            parser.error(f"cannot read standard input: {error.strerror}")
-        if not arguments.message.strip():
-            parser.error("there is no message")
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if arguments.message is not None or arguments.json or not at_terminal:
+        arguments.message = message_of_script(parser, arguments.message)
     return arguments
 
 
-def read_message(argument: str | None) -> str:
+def message_of_script(parser: argparse.ArgumentParser, argument: str | None) -> str:
     """The argument, and what is piped: after one newline, as it is."""
-    if argument is not None and sys.stdin.isatty():
-        return argument
-    piped = sys.stdin.buffer.read().decode()
-    return "\n".join(filter(None, [argument, piped]))
+    piped = b""
+    if sys.stdin.isatty() and argument is None:
+        complain("(Type the message. Ctrl-D on an empty line ends it.)")
+    try:
+        if argument is None or not sys.stdin.isatty():
+            piped = sys.stdin.buffer.read()
+        message = "\n".join(filter(None, [argument, piped.decode()]))
+    except UnicodeDecodeError:
+        parser.error("standard input is not UTF-8")
+    except OSError as error:
+        parser.error(f"cannot read standard input: {error.strerror}")
+    if not message.strip():
+        parser.error("there is no message")
+    return message
 
 
 def main() -> int:
@@ -1410,7 +1469,7 @@ def main() -> int:
     try:
         arguments = parse_arguments()
         with closing(arguments.api) as api:
-            if arguments.interactive:
+            if arguments.message is None:
                 return interact(Client(api, Session(arguments.session), Screen), arguments.session)
             client = Client(api, Session(arguments.session), Lines if arguments.json else Answer)
             answer = client.send(Turn(client.session, arguments.message, new_id()))
@@ -1419,8 +1478,8 @@ def main() -> int:
         return 130
     except BrokenPipeError:  # nobody reads standard output any more
         return 1
-    except OSError as error:  # of standard output, too; those of the network are ChatErrors
-        complain(f"❌ Cannot write the answer: {as_sentence(error.strerror)}")
+    except OSError as error:  # of standard output, say; those of the network are ChatErrors
+        complain(f"❌ {as_sentence(error.strerror or error)}")
         return 1
 
 
@@ -1441,7 +1500,7 @@ def interact(client: Client, session_id: str | None) -> int:
     except ChatError as error:
         complain(f"❌ {as_sentence(error)}")
         return 1
-    chat(client)
+    converse(client)
     show_stats(client)
     if client.session.known:
         print(f"To go on later: --session {one_line(client.session.session_id)}")

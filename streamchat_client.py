@@ -724,11 +724,12 @@ class Answer:
 
     def _open(self, event: Event) -> None:
         self.model = event.get("model", self.model)
-        self.created += event.get("created", False)
+        if event.get("created") and (self.retries or not self.turn.session.known):  # else by who began a followed turn
+            self.created += 1
         self.turn.session.known = True
         if self.chunks:
             self.chunks, self.first_chunk = 0, 0.0
-            self.anew("🔄 The turn had to be run anew. Here is the new answer from its start.")
+            self.anew("🔄 The turn was run anew, or its log is gone. Here is its answer from the start.")
 
     def _look_back(self, context: int) -> None:
         if context < self.context:
@@ -774,7 +775,7 @@ class Answer:
         if self.trouble:
             complain(f"❌ {as_sentence(self.trouble)}")
         elif self.status == "STOPPED":
-            complain("The answer was stopped.")
+            complain("The answer was stopped." if self.complete else "The server did not confirm the stop.")
         elif self.complete and self.complete.get("finish_reason", "stop") != "stop":
             complain(f"The model ended the answer early ({self.complete['finish_reason']}).")
 

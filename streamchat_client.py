@@ -75,6 +75,7 @@ EVENTS = {  # the types, each with the fields without which a client can't go on
     "session_info": "", "status": "", "chunk": "text chunk_number", "complete": "", "error": "message", "ping": "",
 }
 TERMINAL = ("complete", "error")
+GAP = "a part of the stream is missing"
 NONSENSE = "The server sent {}. Is it a server of this protocol?"
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "session_id": str, "model": str, "created": bool, "timestamp": str, "context_messages": int, "text": str,
@@ -373,11 +374,13 @@ class Api:
                 opened = True
             elif kind == "chunk":
                 if not opened or event["chunk_number"] > received.chunks + 1:
-                    raise StreamCut("a part of the stream is missing")
+                    raise StreamCut(GAP)
                 if event["chunk_number"] > received.chunks:
                     received.chunks += 1
                     yield event
             elif kind in ("ping", *TERMINAL):
+                if event.get("total_chunks", received.chunks) != received.chunks:
+                    raise StreamCut(GAP)
                 yield event
             else:  # status, and what later versions may have: told apart by their place alone
                 others += 1
@@ -386,8 +389,6 @@ class Api:
                     yield event
         if kind == "error":
             raise TurnFailed(event)
-        if event.get("total_chunks", received.chunks) != received.chunks:
-            raise StreamCut("a part of the stream is missing")
 
     def _is_missing(self, session_id: str) -> bool:
         with suppress(Lost, BadServer):  # the POST will tell

@@ -47,6 +47,7 @@ from email.utils import parsedate_to_datetime
 from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from pathlib import Path
 from queue import Empty, Queue
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -61,7 +62,7 @@ FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.2, 5, 60  # seconds
 RETRIED = {408, 429, 502, 503, 504}  # statuses that the same request may not get again
 MAX_HEAD = 1000  # lines; http.client allows 100 for each head
 MAX_LINE = 64 << 10  # bytes: the protocol's lines are shorter
-MAX_ANSWER = 64 << 20  # bytes of an answer that is no stream: a session's history has no limit of its own
+MAX_ANSWER = 16 << 20  # bytes of an answer that is no stream: a session's history has no limit of its own
 READ_SIZE = 64 << 10  # bytes
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"  # of the sign that something is awaited
 WIDTH = 62  # columns inside a box
@@ -71,17 +72,19 @@ ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")
 URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # without user, query and fragment
 TOKEN = re.compile(r"[!-~]+")
 
-EVENTS = {  # the types, each with the fields without which a client can't go on; the others may be missing
-    "session_info": "", "status": "", "chunk": "text chunk_number", "complete": "", "error": "message", "ping": "",
+EVENTS = {  # the types, and of their fields those that are used here ("?": a client can go on without)
+    "session_info": "model? created?", "status": "context_messages?", "chunk": "text chunk_number",
+    "complete": "finish_reason? total_chunks? message_count?", "error": "message code? retryable?", "ping": "",
 }
 TERMINAL = ("complete", "error")
+OWN = ("retry", "resumed")  # types of events that this client makes, and takes from no server
 GAP = "a part of the stream is missing"
 NONSENSE = "The server sent {}. Is it a server of this protocol?"
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "session_id": str, "model": str, "created": bool, "timestamp": str, "context_messages": int, "text": str,
     "chunk_number": int, "finish_reason": str, "total_chunks": int, "message_count": int, "message": str, "code": str,
     "retryable": bool, "stopped": bool, "sessions": list, "duration_minutes": (int, float), "created_at": str,
-    "last_activity": str, "streaming": bool, "user_messages": int, "model_messages": int, "messages": list, "role": str,
+    "user_messages": int, "model_messages": int, "messages": list, "role": str,
     "session_duration_seconds": (int, float), "latest_turn": (dict, type(None)), "turn_id": str, "state": str,
     "status": str, "uptime_seconds": (int, float), "total_requests": int, "successful_requests": int,
     "failed_requests": int, "active_sessions": int, "streaming_connections": int, "total_sessions_created": int,
@@ -109,6 +112,10 @@ class Lost(ChatError):
 
 class StreamCut(Lost):
     """The stream ended without a terminal event, or a part of it is missing."""
+
+
+class IdleDied(Lost):
+    """A connection that was kept from the request before did not answer a byte: only a new one tells."""
 
 
 class Refused(ChatError):
@@ -170,6 +177,9 @@ class Response(HTTPResponse):
         self.fp: Any = head
         try:
             super().begin()
+            while 101 < self.status < 200:  # RFC 9110, section 15.2; http.client skips only 100
+                self.headers = self.msg = None  # type: ignore[assignment]  # or it takes the head as read
+                super().begin()
         except BadStatusLine:
             # RemoteDisconnected, where nothing came, stays what it is; the beginning of a status line is a cut
             if head.line and not head.line.endswith(b"\n") and b"HTTP/".startswith(head.line[:5]):
@@ -215,9 +225,7 @@ def parse_event(line: bytes) -> Event:
     kind = event.get("type")
     if not isinstance(kind, str):
         raise BadServer(NONSENSE.format("an event without a type"))
-    if kind in EVENTS:
-        needed = EVENTS[kind].split()
-        check(event, f"an event of type {kind}", [*needed, *(name for name in event if name in FIELDS)])
+    check(event, f"an event of type {kind}", EVENTS.get(kind, ""))
     return event
 
 
@@ -232,10 +240,12 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def check(value: Any, what: str, names: list[str]) -> None:
-    """Raise BadServer unless these fields are there, each of its type."""
-    for name in names:
-        if not isinstance(value, dict) or not isinstance(value.get(name), FIELDS[name]):
+def check(value: Any, what: str, fields: str) -> None:
+    """Raise BadServer unless these fields are there ("?": or not), each of its type."""
+    for field in fields.split():
+        name = field.removesuffix("?")
+        if not isinstance(value, dict) or (name in value or name == field) and not isinstance(
+                value.get(name, ...), FIELDS[name]):
             raise BadServer(NONSENSE.format(f"{what} whose {name} is missing or wrong"))
 
 
@@ -252,16 +262,17 @@ def reason(error: Exception) -> str:
 
 def read_body(response: HTTPResponse, limit: int) -> bytes:
     """The body of an answer that is no stream, or its first `limit` bytes. Raises Lost where it was cut."""
-    try:
-        body = response.read(limit)
+    body = bytearray()
+    try:  # not by read(), which takes a transfer chunk of negative size for one without end
+        while len(body) < limit and (data := response.read1(min(limit - len(body), READ_SIZE))):
+            body += data
+        response.read(0)  # http.client notes the end of a body of known length only there
     except (OSError, HTTPException) as error:
         raise Lost(reason(error)) from error
-    except ValueError as error:  # a transfer chunk of negative size
-        raise BadServer(NONSENSE.format("an answer that is not HTTP")) from error
     length = response.headers.get("Content-Length", "")
     if len(body) < limit and length.isdecimal() and len(body) < int(length[:20]):  # int() refuses very many digits
         raise Lost("the connection broke")
-    return body
+    return bytes(body)
 
 
 def read_refusal(response: HTTPResponse) -> Refused:
@@ -334,13 +345,22 @@ class Api:
         anew, but SessionDeleted raised. (What tells a delete from a restart is the server's start_time, so the first
         chat() asks for that.) `pause` waits for so many seconds; it may raise to end all this.
         """
-        started = self._started or self._ask_start_time()
+        if not self._started:
+            self._ask_start_time()
         body = {"message": message, "session_id": session_id or new_id(), "turn_id": turn_id or new_id()}
-        received, tries, most = Received(), 0, 0  # `most` chunks came, of whatever run: only more of them are progress
+        received, tries, unseen = Received(), 0, 0
+        most = 0  # chunks that came, of whatever run: only more of them are progress
         while True:
             try:
+                if tries and known:
+                    known = self._still_has(body["session_id"])
+                if tries:
+                    self.close()  # a connection that is new can't die of idleness, so each try is one POST
                 for event in self._receive(body, received):
-                    known = known or event["type"] == "session_info"
+                    if event["type"] == "session_info":
+                        if known and event.get("created"):  # it was restarted without our knowledge
+                            self._ask_start_time()
+                        known = True
                     if received.chunks > most:
                         tries, most = 0, received.chunks
                     yield event
@@ -349,22 +369,22 @@ class Api:
                 if not error.retryable or tries == RETRIES:
                     raise
                 trouble = error
+            if isinstance(trouble, IdleDied):  # before the first try: one more, at once and unseen
+                unseen = 1
+                continue
             seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** tries) * random.uniform(0.5, 1)  # or all come back at once
             seconds = max(seconds, min(trouble.retry_after, LONGEST_RETRY_AFTER))
-            tries += 1
+            tries, unseen = tries + 1 + unseen * (type(trouble) is Lost), 0  # two, if a new one died in the same way
             yield Event(type="retry", reason=str(trouble), number=tries, seconds=seconds)
             pause(seconds)
-            if known and started and self._is_missing(body["session_id"]):
-                now = self._ask_start_time()
-                if now == started:
-                    raise SessionDeleted("The session was deleted meanwhile, and the answer with it.")
-                known = not now  # a server that was restarted has lost it
 
     def _receive(self, body: dict[str, str], received: Received) -> Iterator[Event]:
         """POST a turn, and yield the events that are not in `received` yet."""
         opened, others = False, 0
         for event in self._stream(body):
             kind = event["type"]
+            if kind in OWN:
+                continue
             if kind == "session_info":
                 if event.line != received.run:
                     received.run, received.chunks, received.others, others = event.line, 0, 0, 0
@@ -379,7 +399,8 @@ class Api:
                     received.chunks += 1
                     yield event
             elif kind in ("ping", *TERMINAL):
-                if event.get("total_chunks", received.chunks) != received.chunks:
+                if kind == "complete" and (event.get("total_chunks", received.chunks) != received.chunks
+                                           or opened != bool(received.run)):
                     raise StreamCut(GAP)
                 yield event
             else:  # status, and what later versions may have: told apart by their place alone
@@ -390,13 +411,20 @@ class Api:
         if kind == "error":
             raise TurnFailed(event)
 
-    def _is_missing(self, session_id: str) -> bool:
-        with suppress(Lost, BadServer):  # the POST will tell
-            try:
-                self.session(session_id)
-            except Refused as error:
-                return error.status == 404
-        return False
+    def _still_has(self, session_id: str) -> bool:
+        """Whether the server may still have a session. Raises SessionDeleted; False where a restart has lost it."""
+        before = self._started
+        try:
+            self.session(session_id)
+        except Refused as error:
+            if error.status == 404:
+                now = self._ask_start_time()
+                if now and now == before:
+                    raise SessionDeleted("The session was deleted meanwhile, and the answer with it.") from error
+                return not now
+        except BadServer:
+            pass  # the POST will tell
+        return True
 
     def _ask_start_time(self) -> str:
         """The server's start_time, or "" where it does not tell."""
@@ -418,18 +446,18 @@ class Api:
         """All sessions, last active first."""
         sessions = self._ask("GET", "/sessions", "sessions")["sessions"]
         for session in sessions:
-            check(session, "a session", ["session_id", "message_count", "duration_minutes", "created_at"])
+            check(session, "a session", "session_id message_count duration_minutes created_at")
         return sessions
 
     def session(self, session_id: str) -> dict[str, Any]:
         """One session, with its `messages`, and its `latest_turn` while that is kept."""
         session = self._ask("GET", path_of(session_id),
                             "session_id model message_count user_messages model_messages session_duration_seconds "
-                            "created_at last_activity messages latest_turn")
+                            "created_at messages latest_turn")
         for message in session["messages"]:
-            check(message, "a message", ["role", "text", "timestamp"])
+            check(message, "a message", "role text timestamp")
         if session["latest_turn"]:
-            check(session["latest_turn"], "a turn", ["turn_id", "state", "message"])
+            check(session["latest_turn"], "a turn", "turn_id state message")
         return session
 
     def clear(self, session_id: str) -> None:
@@ -462,10 +490,16 @@ class Api:
 
     def _ask(self, method: str, path: str, fields: str = "", body: dict[str, Any] | None = None,
              silence: float = REPLY_TIME) -> dict[str, Any]:
-        with self._exchange(method, path, body, silence) as response:
-            answer = parse_object(read_body(response, MAX_ANSWER), "an answer")
-        check(answer, f"an answer to {method} {path}", fields.split())
+        try:
+            answer = self._ask_once(method, path, body, silence)
+        except IdleDied:
+            answer = self._ask_once(method, path, body, silence)
+        check(answer, f"an answer to {method} {path}", fields)
         return answer
+
+    def _ask_once(self, method: str, path: str, body: dict[str, Any] | None, silence: float) -> dict[str, Any]:
+        with self._exchange(method, path, body, silence) as response:
+            return parse_object(read_body(response, MAX_ANSWER), "an answer")
 
     @contextmanager
     def _exchange(self, method: str, path: str, body: Any, silence: float) -> Iterator[HTTPResponse]:
@@ -485,35 +519,41 @@ class Api:
             raise refusal
 
     def _send(self, method: str, path: str, body: Any, silence: float) -> tuple[HTTPConnection, HTTPResponse]:
-        """Send a request; returns when the head of its response is read. Raises Lost or BadServer.
-
-        The server may close an idle connection at any time (RFC 9112, section 9.3.1): then a new one is tried, once.
-        """
+        """Send a request; returns when the head of its response is read. Raises Lost or BadServer."""
         data = None if body is None else json.dumps(body).encode()
-        while True:
-            reused = None
-            with suppress(IndexError):
-                reused = self._idle.pop()
-            connection = reused or self._kind(*self._address)
-            connection.response_class = Response
-            connection.timeout = silence
-            try:
-                if reused:
-                    reused.sock.settimeout(silence)
-                else:
-                    connection.connect()
-                with suppress(BrokenPipeError, ConnectionResetError):  # an answer that was sent early is there to read
-                    connection.request(method, self._path + path, data, self._headers)
-                return connection, connection.getresponse()
-            except (OSError, HTTPException) as error:
-                connection.close()
-                if reused and isinstance(error, ConnectionError):
-                    continue
-                tls = isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
-                if isinstance(error, OSError | IncompleteRead) and not tls:
-                    raise Lost(reason(error)) from error
-                what = "TLS as it should" if tls else "HTTP"
-                raise BadServer(f"The server does not speak {what} ({str(error)[:200].strip()}).") from error
+        reused = self._take_idle()
+        connection = reused or self._kind(*self._address)
+        connection.response_class = Response
+        connection.timeout = silence
+        try:
+            if reused:
+                reused.sock.settimeout(silence)
+            else:
+                connection.connect()
+            with suppress(BrokenPipeError, ConnectionResetError):  # an answer that was sent early is there to read
+                connection.request(method, self._path + path, data, self._headers)
+            return connection, connection.getresponse()
+        except (OSError, HTTPException) as error:
+            connection.close()
+            if isinstance(error, ConnectionError) and reused:
+                raise IdleDied(reason(error)) from error
+            tls = isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
+            if isinstance(error, OSError | IncompleteRead) and not tls:
+                raise Lost(reason(error)) from error
+            what = "TLS as it should" if tls else "HTTP"
+            raise BadServer(f"The server does not speak {what} ({str(error)[:200].strip()}).") from error
+
+    def _take_idle(self) -> HTTPConnection | None:
+        """The connection that was kept, unless the server has closed it (RFC 9112, section 9.3.1), or sent what nobody
+        asked for, which would be taken for the next answer."""
+        with suppress(IndexError):
+            connection = self._idle.pop()
+            with DefaultSelector() as selector:
+                selector.register(connection.sock, EVENT_READ)
+                if not selector.select(0):
+                    return connection
+            connection.close()
+        return None
 
     def _keep(self, connection: HTTPConnection, response: HTTPResponse) -> None:
         if connection.sock and not response.isclosed():  # the last transfer chunk is not read yet
@@ -534,7 +574,7 @@ def close(connection: HTTPConnection, response: HTTPResponse) -> None:
 
 def path_of(session_id: str, what: str = "") -> str:
     """The path of a session, whose id may be anything that a server sent."""
-    return f"/sessions/{quote(session_id, safe='')}{what}"
+    return f"/sessions/{quote(session_id, safe='', errors='replace')}{what}"
 
 
 def new_id() -> str:
@@ -570,9 +610,9 @@ def fit(text: str, width: int) -> str:
     """The text on one line, in exactly `width` columns: shortened with an ellipsis, or filled with spaces."""
     text = one_line(text[: 2 * width + 1])
     if columns(text) > width:
-        while columns(text) > width - 3:
+        while text and columns(text) > width - 3:
             text = text[:-1]
-        text += "..."
+        text = (text + "...")[:width]
     return text + " " * (width - columns(text))
 
 
@@ -979,9 +1019,20 @@ class Background:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """The Ctrl-Cs that come meanwhile, as a list that grows: an exception could lose the event that is just taken."""
+    """The first Ctrl-C that comes meanwhile, in a list: an exception could lose the event that is just taken.
+
+    Those after it raise KeyboardInterrupt, since a write to what nobody reads ends by nothing else.
+    """
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+
+    def press(number: int, frame: Any) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as for a program in the background
+        signal.signal(signal.SIGINT, press)
     try:
         yield pressed
     finally:
@@ -991,15 +1042,15 @@ def interrupts() -> Iterator[list[int]]:
 class Stop:
     """Asks the server to stop a turn, in a thread of its own, until it has done so, or for STOP_TIME."""
 
-    def __init__(self, api: Api, turn: Turn) -> None:
-        self.api, self.turn = api, turn
+    def __init__(self, api: Api, turn: Turn, chat: Background) -> None:
+        self.api, self.turn, self.chat = api, turn, chat
         self.deadline = time.monotonic() + STOP_TIME
         self.confirmed = False
         self.in_vain = 0  # how often the server could not be asked, or had no such turn running
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        while not self.is_late():
+        while not self.is_late() and not self.chat.given_up:  # /retry may begin the same turn
             if stop(self.api, self.turn):
                 self.confirmed = True
                 return
@@ -1030,18 +1081,22 @@ class Client:
     def send(self, turn: Turn) -> Answer:
         """Send a turn (again), show its answer, and return that when it has ended, however it ended."""
         before, self.unanswered = self.unanswered, turn
-        answer = self.answers(turn)
-        chat = Background(lambda pause: self._chat(turn, before, pause))
-        try:
-            with interrupts() as pressed, answer.quiet_keyboard():
-                trouble = self._follow(chat, answer, pressed)
-        except OSError:  # nobody reads the answer
-            stop(self.api, turn)
-            raise
-        finally:
-            chat.give_up()
-        answer.finish(trouble)
-        self.statistics.count(answer)
+        with interrupts() as pressed:
+            answer = self.answers(turn)
+            chat = Background(lambda pause: self._chat(turn, before, pause))
+            trouble = None
+            try:
+                with answer.quiet_keyboard():
+                    trouble = self._follow(chat, answer, pressed)
+            except OSError:  # nobody reads the answer
+                stop(self.api, turn)
+                raise
+            except KeyboardInterrupt:  # the second one: what has come will do
+                pass
+            finally:
+                chat.give_up()
+            answer.finish(trouble)
+            self.statistics.count(answer)
         if answer.complete:
             self.unanswered = None
         if isinstance(trouble, SessionDeleted):  # only /retry makes it anew, since the user asks for that
@@ -1058,14 +1113,13 @@ class Client:
         stopping = None
         while True:
             if pressed and not stopping:
-                answer.interrupted, stopping = True, Stop(self.api, answer.turn)
-            if stopping:
-                if stopping.confirmed:
-                    chat.hurry.set()  # to what was sent before the stop, if the answer was cut
-                unreachable = answer.recovering and stopping.in_vain and not stopping.confirmed
-                if unreachable or stopping.is_late() or len(pressed) > 1:
-                    stopping.deadline = 0  # or it would stop what /retry begins
-                    return None
+                answer.interrupted, stopping = True, Stop(self.api, answer.turn, chat)
+            if stopping and stopping.confirmed:
+                chat.hurry.set()  # to what was sent before the stop, if the answer was cut
+            elif stopping and stopping.in_vain and answer.recovering:
+                return None
+            if stopping and stopping.is_late():
+                return None
             try:
                 item = chat.items.get(timeout=0.1)
             except Empty:
@@ -1123,7 +1177,7 @@ def show_server(client: Client) -> None:
         "Active Sessions": stats["active_sessions"],
         "Active Streams": stats["streaming_connections"],
         "Total Sessions Created": stats["total_sessions_created"],
-        "Avg Response Time": "-" if mean is None else f"{mean:.3f}s",
+        "Avg Response Time": "-" if mean is None else f"{min(mean, 1e9):.3f}s",
         "Model": stats["model"],
         "Framework": stats["framework"],
     }))
@@ -1326,11 +1380,12 @@ class Keyboard:
             if os.environ.get("TERM") != "dumb":
                 readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted newline is text then, and no Enter
         with suppress(OSError, UnicodeDecodeError):  # there is none yet, or it is not ours
-            self.path.chmod(0o600)
+            if not self.path.is_symlink():  # to /dev/null, say
+                self.path.chmod(0o600)
             lines = self.path.read_text("utf-8").splitlines(keepends=True)[-HISTORY_LINES:]
             self.path.write_text("".join(lines), "utf-8")
             for line in lines:
-                with suppress(ValueError):  # somebody changed it
+                with suppress(ValueError, RecursionError):  # somebody changed it
                     readline.add_history(str(json.loads(line)))
 
     def _complete(self, text: str, state: int) -> str | None:
@@ -1364,7 +1419,8 @@ class Keyboard:
 
     def _remember(self, text: str) -> None:
         if self.readline and text.strip():
-            self.readline.add_history(text)
+            with suppress(ValueError):  # the locale has no such character
+                self.readline.add_history(text)
             with suppress(OSError), open(self.path, "a", encoding="utf-8",
                                          opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                 file.write(json.dumps(text) + "\n")
@@ -1511,4 +1567,6 @@ def interact(client: Client, session_id: str | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+    sys.exit(status)

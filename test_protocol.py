@@ -4307,7 +4307,7 @@ def coded(*lines):
 
 
 def refusal(status, *fields, body=b'{"detail":"Because I say so.","code":"so"}'):
-    head = [f"HTTP/1.1 {status} No", f"Content-Length: {len(body)}", *fields, "", ""]
+    head = [f"HTTP/1.1 {status} No", f"Content-Length: {len(body)}", "Connection: close", *fields, "", ""]
     return "\r\n".join(head).encode() + body
 
 

@@ -266,7 +266,8 @@ def read_body(response: HTTPResponse, limit: int) -> bytes:
     try:  # not by read(), which takes a transfer chunk of negative size for one without end
         while len(body) < limit and (data := response.read1(min(limit - len(body), READ_SIZE))):
             body += data
-        response.read(0)  # http.client notes the end of a body of known length only there
+        if len(body) < limit:
+            response.read(0)  # http.client notes the end of a body of known length only there
     except (OSError, HTTPException) as error:
         raise Lost(reason(error)) from error
     length = response.headers.get("Content-Length", "")
@@ -1091,8 +1092,9 @@ class Client:
             except OSError:  # nobody reads the answer
                 stop(self.api, turn)
                 raise
-            except KeyboardInterrupt:  # the second one: what has come will do
-                pass
+            except KeyboardInterrupt:  # the second one
+                if not isinstance(answer, Screen):
+                    raise
             finally:
                 chat.give_up()
             answer.finish(trouble)
@@ -1533,7 +1535,7 @@ def main() -> int:
             answer = client.send(Turn(client.session, arguments.message, new_id()))
             return 130 if answer.interrupted else 0 if answer.status == "SUCCESS" else 1
     except KeyboardInterrupt:
-        return 130
+        os._exit(130)  # the interpreter's own exit would wait until standard output is taken
     except BrokenPipeError:  # nobody reads standard output any more
         return 1
     except OSError as error:  # of standard output, say; those of the network are ChatErrors

@@ -4403,6 +4403,8 @@ WRONG_ANSWERS = [       # what is wrong, a method of Api and its arguments, the 
     ("a field is missing", "health", (), "/health", json.dumps(HEALTHY | {"model": None}).encode()),
     ("a field is a text", "health", (), "/health", json.dumps(HEALTHY | {"total_requests": "1"}).encode()),
     ("an answer without end", "stats", (), "/stats", flood(b"HTTP/1.1 200 OK\r\n\r\n", b" ")),
+    ("a transfer chunk of negative size", "stats", (), "/stats",
+     flood(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b" ")),
     ("no list of sessions", "sessions", (), "/sessions", b'{"sessions":{}}'),
     ("a session that is none", "sessions", (), "/sessions", b'{"sessions":[1]}'),
     ("no messages", "session", ("s",), "/sessions/s", b"{}"),
@@ -4594,10 +4596,11 @@ class TestClientLibrary:
         check_turns(instant, [(chat.session, chat.text)])
 
     def test_blank_lines_and_unknown_events_and_fields_do_no_harm(self, library):
-        lines = [b"\r\n \n", *TURN[:2], line_of("news", text=1), line_of("ping"), *CHUNKS[:1], b"\n", line_of("news"),
-                 CHUNKS[1].replace(b"}", b',"mood":[]}'), *TURN[4:]]
+        lines = [b"\r\n \n", *TURN[:2], line_of("news", text=1), line_of("ping", status=200), *CHUNKS[:1], b"\n",
+                 line_of("news"), line_of("retry", after=3), CHUNKS[1].replace(b"}", b',"mood":[]}'), *TURN[4:]]
         lines = [line.replace(b"\n", b"\r\n") for line in lines]
-        with ScriptedServer(stream_of(*lines[:6]), coded(*lines)) as server:
+        hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"       # RFC 9110, section 15.2
+        with ScriptedServer(stream_of(*lines[:6]), 2 * hints + coded(*lines)) as server:
             chat = Chat(library, server.url)
         assert chat.text == "".join(WORDS)
         assert [kind for kind in chat.kinds if kind != "ping"] == [
@@ -4636,6 +4639,41 @@ class TestClientLibrary:
             proxy.up()
             use()
             assert proxy.connections == 2
+
+    def test_what_nobody_asked_for_is_not_the_next_answer(self, library):
+        def answer_twice(connection):
+            connection.sendall(coded(*TURN) + coded(OTHER_INFO, *TURN[1:]))
+            time.sleep(0.1)     # the second one is there before the next request
+        with ScriptedServer(answer_twice, stream_of(*TURN)) as server, \
+                contextlib.closing(library.Api(server.url)) as api:
+            for _ in range(2):
+                assert [event.line for event in api.chat("Hi") if event.line] == TURN
+
+    def test_a_server_that_drops_every_post_gets_nine(self, library, instant):
+        with Proxy(instant.address, [Fault(instead=b"")] * 20) as proxy:
+            assert type(Chat(library, proxy.url).trouble) is library.Lost
+            assert sum(line.startswith("POST") for line in proxy.requests) == 9
+
+    def test_a_delete_after_a_restart_between_two_turns_is_a_delete(self, library, serve):
+        before, after = (serve("--chunk-delay", "0", "--log", "off") for _ in range(2))
+        with Proxy(before.address) as proxy, contextlib.closing(library.Api(proxy.url)) as api:
+            [*api.chat("one", "s")]
+            proxy.down()
+            proxy.target = after.address
+            proxy.up()
+            proxy.faults = iter([Fault(cut=900)])
+            with pytest.raises(library.SessionDeleted):
+                [*api.chat(TEXT, "s", known=True, pause=lambda _: after.request("DELETE", "/sessions/s"))]
+
+    def test_a_delete_is_seen_though_the_first_look_is_cut(self, library, instant):
+        def fault_of(line):
+            return next(faults, Fault()) if line.startswith(("POST", "GET /sessions/")) else Fault()
+        session, faults = new_id(), iter([Fault(cut=900), Fault(cut=9)])
+        with Proxy(instant.address) as proxy:
+            proxy.fault_of = fault_of
+            chat = Chat(library, proxy.url, session=session,
+                        pause=lambda _: instant.request("DELETE", f"/sessions/{session}"))
+        assert type(chat.trouble) is library.SessionDeleted and not next(faults, None)
 
     def test_a_refusal_that_comes_while_the_request_is_sent_is_read(self, library):
         with scripted(refusal(413)) as server, pytest.raises(library.Refused, match="Because I say so"):
@@ -4813,6 +4851,18 @@ class TestScripts:
         lines = server.follow(session).read().lines
         assert status == 130 and event_of(lines[-1])["finish_reason"] == "cancelled"
         assert out == (b"".join(lines) if options else server.history(session)[1][1].encode() + b"\n")
+
+    def test_a_second_ctrl_c_ends_a_program_whose_output_nobody_takes(self, instant):
+        command = self.command(url_of(instant), "--session", session := new_id(), "x" * 99_000)
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment()) as process:
+            assert wait_until(lambda: session in instant.session_ids() and len(instant.history(session)) == 2)
+            for _ in range(2):
+                time.sleep(0.3)
+                process.send_signal(signal.SIGINT)
+            try:
+                assert process.wait(PATIENCE) == 130
+            finally:
+                process.kill()
 
     def test_ctrl_c_ends_the_program_while_it_tries_again(self):
         status, said = self.interrupt(self.command("http://127.0.0.1:1", "Hi"), "stderr")
@@ -5000,6 +5050,10 @@ class TestTerminalClient:
             assert len({sign for _, sign in drawn}) > 2 and max(width(line) for line, _ in drawn) < 30
             assert "Sending" not in chat.seen() and chat.seen().count("Generating") == 1
 
+    def test_a_terminal_of_two_columns_does_no_harm(self, instant):
+        with chatting(url_of(instant), COLUMNS="2") as chat:
+            assert rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
+
     def test_help_lists_the_commands(self, server):
         with chatting(url_of(server)) as chat:
             shown = chat.enter("/help")
@@ -5101,6 +5155,12 @@ class TestTerminalClient:
             chat.enter(UP)
         assert instant.history(session)[0] == ("user", "one message")
 
+    def test_a_history_that_somebody_broke_does_no_harm(self, instant, tmp_path):
+        (tmp_path / ".streamchat_history").write_text('5\n["a"]\n"half\n"one message"\n', "utf-8")
+        with chatting(url_of(instant), "--session", session := new_id(), home=tmp_path) as chat:
+            chat.enter(UP)
+        assert instant.history(session)[0] == ("user", "one message")
+
     def test_tab_completes_a_command(self, instant):
         with chatting(url_of(instant)) as chat:
             assert "Show all commands" in chat.enter("/hel\t")
@@ -5114,10 +5174,11 @@ class TestTerminalClient:
             chat.enter("")
         assert [text for role, text in instant.history(session) if role == "user"] == ["line 1\n\n/quit"] * 3
 
-    def test_what_is_typed_in_another_encoding_does_no_harm(self, instant):
-        with chatting(url_of(instant), "--session", session := new_id()) as chat:
-            chat.enter("caf\udce9")
-            chat.enter("Hi")
+    @pytest.mark.parametrize("more", [{}, {"LC_ALL": "C"}], ids=["UTF-8", "C"])
+    def test_what_is_typed_in_another_encoding_does_no_harm(self, instant, more):
+        with chatting(url_of(instant), "--session", session := new_id(), **more) as chat:
+            for line in ("caf\udce9", "caf\u00e9", "Hi"):
+                chat.enter(line)
         assert instant.history(session)[-2] == ("user", "Hi")
 
     @pytest.mark.parametrize("more", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])

@@ -4642,15 +4642,19 @@ class TestClientLibrary:
 
     def test_what_nobody_asked_for_is_not_the_next_answer(self, library):
         def answer_twice(connection):
-            connection.sendall(coded(*TURN) + coded(OTHER_INFO, *TURN[1:]))
-            time.sleep(0.1)     # the second one is there before the next request
+            for lines in (TURN, [OTHER_INFO, *TURN[1:]]):
+                connection.sendall(coded(*lines))
+                time.sleep(0.2)
+            connection.recv(1)      # the next request, or the end
         with ScriptedServer(answer_twice, stream_of(*TURN)) as server, \
                 contextlib.closing(library.Api(server.url)) as api:
             for _ in range(2):
                 assert [event.line for event in api.chat("Hi") if event.line] == TURN
+                time.sleep(0.3)     # the second one is there before the next request
 
-    def test_a_server_that_drops_every_post_gets_nine(self, library, instant):
-        with Proxy(instant.address, [Fault(instead=b"")] * 20) as proxy:
+    @pytest.mark.parametrize("first", [[], [Fault(cut=b'"chunk_number":1')]], ids=["a new session", "a known one"])
+    def test_a_server_that_drops_every_post_gets_nine(self, library, instant, first):
+        with Proxy(instant.address, [*first, *[Fault(instead=b"")] * 20]) as proxy:
             assert type(Chat(library, proxy.url).trouble) is library.Lost
             assert sum(line.startswith("POST") for line in proxy.requests) == 9
 

@@ -5393,7 +5393,7 @@ class TestTerminalClientIsSafe:
 
 # ---- Chaos: STREAMCHAT_CHAOS=SECONDS or SECONDS:SEED. More than 4 s are a long run, with more clients and cases.
 
-CHAOS_SECONDS, _, CHAOS_SEED = os.environ.get("STREAMCHAT_CHAOS", "3").partition(":")
+CHAOS_SECONDS, _, CHAOS_SEED = os.environ.get("STREAMCHAT_CHAOS", "2").partition(":")
 LONG_RUN = float(CHAOS_SECONDS) > 4
 SOON_OVER = ("--chunk-delay", "0.005", "--resume-window", "0.3", "--heartbeat", "0.2", "--log", "off")
 SHARED = ["shared-1", "shared-2", "shared-3"]

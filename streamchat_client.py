@@ -662,8 +662,15 @@ def write(text: str) -> None:
 
 def complain(text: str) -> None:
     """A line on standard error."""
-    with suppress(OSError):  # nobody reads it
+    try:
         print(escape(text), file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it
+        abandon(sys.stderr)
+
+
+def abandon(stream: Any) -> None:
+    """What was not written and what comes goes nowhere: else the interpreter's last flush would fail, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def paint(colour: str, text: str) -> str:
@@ -1536,10 +1543,10 @@ def main() -> int:
             return 130 if answer.interrupted else 0 if answer.status == "SUCCESS" else 1
     except KeyboardInterrupt:
         os._exit(130)  # the interpreter's own exit would wait until standard output is taken
-    except BrokenPipeError:  # nobody reads standard output any more
-        return 1
     except OSError as error:  # of standard output, say; those of the network are ChatErrors
-        complain(f"❌ {as_sentence(error.strerror or error)}")
+        if not isinstance(error, BrokenPipeError):  # which says that nobody reads any more
+            complain(f"❌ {as_sentence(error.strerror or error)}")
+        abandon(sys.stdout)
         return 1
 
 

@@ -1027,7 +1027,7 @@ class OwnServer(Server):
 
 def environment(**more):
     """Ours, without what would choose a model, a token or the look of the log."""
-    chosen = ("GOOGLE_", "GEMINI_", "GENAI_", "NO_COLOR", "STREAMCHAT_")
+    chosen = ("GOOGLE_", "GEMINI_", "GENAI_", "NO_COLOR", "STREAMCHAT_", "PYTHONUNBUFFERED")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
     return kept | more
 
@@ -1176,12 +1176,12 @@ def waits(test):
 
 @pytest.fixture(scope="session")
 def begun(request):
-    """Of the tests that were chosen, those that mostly wait: they begin all at once."""
+    """Of the tests that were chosen, those that mostly wait: they begin ten at a time."""
     def run(item):
         with fresh_servers() as serve:
             WAITING[item.function](item.instance, serve)
     items = [item for item in request.session.items if item.function in WAITING]
-    with ThreadPoolExecutor(len(WAITING)) as pool:
+    with ThreadPoolExecutor(10) as pool:       # more would wait for a core
         yield {item: pool.submit(run, item) for item in items}
 
 
@@ -4931,6 +4931,7 @@ NOT_SENT = [            # what is typed before the first message, what is said
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 RULE = "\u2500" * 60
 ONE_SECOND = "word " * 200          # a turn that runs for 1 s at the pace of the `server` fixture
+CALM = ("--chunk-delay", "0.02", "--log", "off")
 HOSTILE_NAME = "\u91cf\u5b50 \U0001f600 " + FORGED
 HOSTILE_ANSWERS = [
     b"HTTP/1.0 409 Conflict\r\n\r\n" + json.dumps({"detail": FORGED}).encode(),
@@ -5238,7 +5239,9 @@ class TestTerminalClientStops:
         assert time.monotonic() - pressed < 5
         assert rows_of(chat.plain[begin:chat.read])["Status"] == "STOPPED"
 
-    def test_what_came_is_kept(self, server):
+    @waits
+    def test_what_came_is_kept(self, serve):
+        server = serve(*CALM)
         with chatting(url_of(server), "--session", session := new_id()) as chat:
             chat.type(LONG + "\r")
             chat.wait("You said: (word ){12}")
@@ -5248,7 +5251,9 @@ class TestTerminalClientStops:
             assert rows_of(chat.enter("Hi"))["Context Messages"] == "4"
             assert rows_of(chat.enter("/stats"))["Failed Streams"] == "0"
 
-    def test_before_the_first_chunk(self, server):
+    @waits
+    def test_before_the_first_chunk(self, serve):
+        server = serve(*CALM)
         with Proxy(server.address, [Fault(delay=0.3)]) as proxy, \
                 chatting(proxy.url, "--session", session := new_id()) as chat:
             chat.type(LONG + "\r")
@@ -5257,7 +5262,9 @@ class TestTerminalClientStops:
             assert not server.stats()["streams"] and rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
         assert server.history(session)[-2] == ("user", "Hi")
 
-    def test_while_the_server_is_stuck(self, server):
+    @waits
+    def test_while_the_server_is_stuck(self, serve):
+        server = serve(*CALM)
         with Proxy(server.address, [Fault(stall=900)]) as proxy, \
                 chatting(proxy.url, changes="client.STOP_TIME = 0.5") as chat:
             chat.type(LONG + "\r")
@@ -5265,7 +5272,9 @@ class TestTerminalClientStops:
             self.press(chat)
             assert not server.stats()["streams"] and rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
 
-    def test_while_the_server_answers_nothing_at_all(self, server):
+    @waits
+    def test_while_the_server_answers_nothing_at_all(self, serve):
+        server = serve(*CALM)
         with Proxy(server.address, [Fault(stall=900)]) as proxy, \
                 chatting(proxy.url, "--session", session := new_id(), changes="client.STOP_TIME = 0.5") as chat:
             chat.type(ONE_SECOND + "\r")
@@ -5280,7 +5289,9 @@ class TestTerminalClientStops:
             assert rows_of(chat.enter("/retry"))["Status"] == "SUCCESS"
         assert server.history(session)[-2] == ("user", "not lost")
 
-    def test_while_the_server_is_away(self, server):
+    @waits
+    def test_while_the_server_is_away(self, serve):
+        server = serve(*CALM)
         with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
             with away(proxy, chat):
                 self.press(chat)
@@ -5292,7 +5303,9 @@ class TestTerminalClientStops:
 class TestTerminalClientRecovers:
     """After a cut the text on the screen is the server's, nothing twice and nothing missing."""
 
-    def test_a_cut_answer_goes_on(self, server):
+    @waits
+    def test_a_cut_answer_goes_on(self, serve):
+        server = serve(*CALM)
         cuts = [Fault(cut=9), Fault(cut=900), Fault(cut=900, reset=True)]
         faults = [fault for cut in cuts for fault in (cut, Fault())]
         with Proxy(server.address, [*faults, Fault(split=True)]) as proxy, \
@@ -5305,7 +5318,9 @@ class TestTerminalClientRecovers:
         assert [left[name + " Streams"] for name in ("Successful", "Recovered", "Failed")] == ["4", "3", "0"]
         assert len(server.history(session)) == 8
 
-    def test_it_waits_for_a_server_that_is_away(self, server):
+    @waits
+    def test_it_waits_for_a_server_that_is_away(self, serve):
+        server = serve(*CALM)
         with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
             with away(proxy, chat):
                 chat.wait("refused.*2 of")
@@ -5313,13 +5328,17 @@ class TestTerminalClientRecovers:
             check_shown(chat, server, session)
             assert len(re.findall("^\U0001f504 ", chat.seen(), re.MULTILINE)) <= 2
 
-    def test_a_stuck_server_is_tried_again(self, server):
+    @waits
+    def test_a_stuck_server_is_tried_again(self, serve):
+        server = serve(*CALM)
         with Proxy(server.address, [Fault(stall=900)]) as proxy, \
                 chatting(proxy.url, "--session", session := new_id(), changes="client.SILENCE = 1") as chat:
             assert "silent" in chat.enter(TEXT)
             check_shown(chat, server, session)
 
-    def test_a_server_that_lost_its_memory_runs_the_turn_anew(self, server, serve):
+    @waits
+    def test_a_server_that_lost_its_memory_runs_the_turn_anew(self, serve):
+        server = serve(*CALM)
         with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
             chat.enter("The first turn")
             with away(proxy, chat):
@@ -5330,7 +5349,9 @@ class TestTerminalClientRecovers:
             check_shown(chat, restarted, session)
             assert chat.leave()["Sessions Created"] == "2"
 
-    def test_who_gives_up_can_retry_the_same_turn(self, server):
+    @waits
+    def test_who_gives_up_can_retry_the_same_turn(self, serve):
+        server = serve(*CALM)
         with Proxy(server.address, [Fault(cut=9)] * 2) as proxy, \
                 chatting(proxy.url, "--session", session := new_id(), changes="client.RETRIES = 1") as chat:
             shown = chat.enter(TEXT)
@@ -5341,18 +5362,20 @@ class TestTerminalClientRecovers:
             assert "nothing to send again" in chat.enter("/retry")
         assert len(server.history(session)) == 2
 
-    @pytest.mark.parametrize("typed, comes_back", [("/retry", True), ("another message", False)])
-    def test_a_session_that_was_deleted_comes_back_only_on_request(self, server, typed, comes_back):
-        with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
-            with away(proxy, chat):
-                server.request("DELETE", f"/sessions/{session}")
-            chat.wait("deleted")
-            chat.wait_for_prompt()
-            assert chat.session is None and session not in server.session_ids()
-            chat.enter(typed)
-            assert (session in server.session_ids()) is comes_back
-            if comes_back:
-                check_shown(chat, server, session)
+    @waits
+    def test_a_session_that_was_deleted_comes_back_only_on_request(self, serve):
+        server = serve(*CALM)
+        for typed, comes_back in [("another message", False), ("/retry", True)]:
+            with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
+                with away(proxy, chat):
+                    server.request("DELETE", f"/sessions/{session}")
+                chat.wait("deleted")
+                chat.wait_for_prompt()
+                assert chat.session is None and session not in server.session_ids()
+                chat.enter(typed)
+                assert (session in server.session_ids()) is comes_back
+                if comes_back:
+                    check_shown(chat, server, session)
 
 
 @NOT_OURS

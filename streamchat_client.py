@@ -373,8 +373,7 @@ class Api:
             if isinstance(trouble, IdleDied):  # before the first try: one more, at once and unseen
                 unseen = 1
                 continue
-            seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** tries) * random.uniform(0.5, 1)  # or all come back at once
-            seconds = max(seconds, min(trouble.retry_after, LONGEST_RETRY_AFTER))
+            seconds = pause_before(tries, trouble.retry_after)
             tries, unseen = tries + 1 + unseen * (type(trouble) is Lost), 0  # two, if a new one died in the same way
             yield Event(type="retry", reason=str(trouble), number=tries, seconds=seconds)
             pause(seconds)
@@ -571,6 +570,12 @@ def close(connection: HTTPConnection, response: HTTPResponse) -> None:
     """Close both: the response has the socket where its end is that of the connection."""
     response.close()
     connection.close()
+
+
+def pause_before(tries: int, retry_after: float) -> float:
+    """Seconds to wait after so many tries: at random between half and all of it, or all clients come back at once."""
+    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** tries) * random.uniform(0.5, 1)
+    return max(pause, min(retry_after, LONGEST_RETRY_AFTER))
 
 
 def path_of(session_id: str, what: str = "") -> str:

@@ -55,7 +55,7 @@ from urllib.parse import quote, urlsplit
 
 SILENCE = 30  # seconds without a byte: then the server is stuck, since it sends a ping at least every 15
 REPLY_TIME = 10  # seconds without a byte of an answer that is no stream: it is made at once
-STOP_TIME = 3  # seconds in which a stop must work: a person waits for the prompt
+STOP_TIME = 3  # seconds in which a stop must work, and what comes before the first POST: a person waits
 LAST_CHUNK_TIME = 1  # seconds for the last transfer chunk, which is sent together with the terminal event
 RETRIES = 8  # after the first POST, and after each new chunk
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.2, 5, 60  # seconds
@@ -429,7 +429,8 @@ class Api:
     def _ask_start_time(self) -> str:
         """The server's start_time, or "" where it does not tell."""
         with suppress(ChatError):
-            return self.stats()["start_time"]
+            self._started = self._ask("GET", "/stats", "start_time", silence=STOP_TIME)["start_time"]
+            return self._started
         return ""
 
     def stop(self, session_id: str, turn_id: str | None = None) -> bool:
@@ -474,10 +475,7 @@ class Api:
 
     def stats(self) -> dict[str, Any]:
         """The server's counters and averages."""
-        stats = self._ask("GET", "/stats",
-                          HEALTH + " total_sessions_created average_response_time start_time framework")
-        self._started = stats["start_time"]
-        return stats
+        return self._ask("GET", "/stats", HEALTH + " total_sessions_created average_response_time start_time framework")
 
     def close(self) -> None:
         """Close the connection that is kept."""

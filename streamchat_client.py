@@ -366,15 +366,16 @@ class Api:
                         tries, most = 0, received.chunks
                     yield event
                 return
-            except ChatError as error:
-                if not error.retryable or tries == RETRIES:
-                    raise
-                trouble = error
-            if isinstance(trouble, IdleDied):  # before the first try: one more, at once and unseen
+            except IdleDied:  # only the first POST finds a kept connection: another one, at once and unseen
                 unseen = 1
                 continue
+            except ChatError as error:
+                tries += unseen if type(error) is Lost else 0  # it was not idleness, if a new one died in the same way
+                if not error.retryable or tries >= RETRIES:
+                    raise
+                trouble = error
             seconds = pause_before(tries, trouble.retry_after)
-            tries, unseen = tries + 1 + unseen * (type(trouble) is Lost), 0  # two, if a new one died in the same way
+            tries, unseen = tries + 1, 0
             yield Event(type="retry", reason=str(trouble), number=tries, seconds=seconds)
             pause(seconds)
 
@@ -1237,11 +1238,11 @@ def leave(client: Client) -> None:
 
 def create_session(client: Client) -> None:
     """Create a new streaming chat session"""
-    answer = client.api.new_session()
-    client.session = Session(answer["session_id"], known=True)
+    session = client.api.new_session()
+    client.session = Session(session["session_id"], known=True)
     client.statistics.created += 1
-    print(f"✨ New session created successfully!\n   Session ID: {short(answer['session_id'])}\n"
-          f"   Model: {one_line(answer['model'])}")
+    print(f"✨ New session created successfully!\n   Session ID: {short(session['session_id'])}\n"
+          f"   Model: {one_line(session['model'])}")
 
 
 def show_session(client: Client) -> None:

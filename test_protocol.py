@@ -4652,10 +4652,12 @@ class TestClientLibrary:
                 time.sleep(0.3)     # the second one is there before the next request
 
     @pytest.mark.parametrize("first", [[], [Fault(cut=b'"chunk_number":1')]], ids=["a new session", "a known one"])
-    def test_a_server_that_drops_every_post_gets_nine(self, library, instant, first):
+    @pytest.mark.parametrize("retries", [1, 8])
+    def test_a_server_that_drops_every_post_is_left(self, library, instant, monkeypatch, first, retries):
+        monkeypatch.setattr(library, "RETRIES", retries)
         with Proxy(instant.address, [*first, *[Fault(instead=b"")] * 20]) as proxy:
             assert type(Chat(library, proxy.url).trouble) is library.Lost
-            assert sum(line.startswith("POST") for line in proxy.requests) == 9
+            assert sum(line.startswith("POST") for line in proxy.requests) == 1 + retries
 
     def test_a_delete_after_a_restart_between_two_turns_is_a_delete(self, library, serve):
         before, after = (serve("--chunk-delay", "0", "--log", "off") for _ in range(2))

@@ -188,6 +188,12 @@ class Route(NamedTuple):
     public: bool = False  # needs no token
 
     @property
+    @property
+    def tag(self) -> str:
+        if self.answer == STREAM:
+            return "Streams"
+        return "Sessions" if self.path.startswith("/sessions") else "Server"
+
     def needs_body(self) -> bool:
         return self.body is not None and not all(name.endswith("?") for name in self.body.split())
 
@@ -229,12 +235,13 @@ FEATURES = ["chunked transfer coding", "NDJSON events", "multi-turn sessions", "
 
 TEXT, FLAG, OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
 COUNT, SECONDS = {"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0}
-TIME = {"type": "string", "format": "date-time"}
-IDENTIFIER = {"type": "string", "pattern": f"^{ID.pattern}$"}
+SAID, MODEL = {**TEXT, "examples": ["Hello!"]}, {**TEXT, "examples": ["offline"]}
+TIME = {"type": "string", "format": "date-time", "examples": ["2026-11-24T10:00:00.123456+00:00"]}
+IDENTIFIER = {"type": "string", "pattern": f"^{ID.pattern}$", "examples": ["demo"]}
 AVERAGE, OBJECTS = {"type": ["number", "null"]}, {"type": "array", "items": OBJECT}
 FIELDS: dict[str, dict] = {  # field: JSON Schema. A name means the same wherever it stands, but in a problem.
-    "session_id": IDENTIFIER, "turn_id": IDENTIFIER, "model": TEXT, "timestamp": TIME, "message": TEXT, "text": TEXT,
-    "model_id": {"type": "string", "pattern": f"^{MODEL_ID.pattern}$"},
+    "session_id": IDENTIFIER, "turn_id": IDENTIFIER, "model": MODEL, "timestamp": TIME, "message": SAID, "text": SAID,
+    "model_id": {**MODEL, "pattern": f"^{MODEL_ID.pattern}$"},
     "created": FLAG, "is_final": FLAG, "retryable": FLAG, "stopped": FLAG, "streaming": FLAG,
     "context_messages": COUNT, "chunk_number": {"type": "integer", "minimum": 1}, "total_chunks": COUNT,
     "message_count": COUNT, "user_messages": COUNT, "model_messages": COUNT, "processing_time": SECONDS,
@@ -251,6 +258,13 @@ FIELDS: dict[str, dict] = {  # field: JSON Schema. A name means the same whereve
     "threads": {"type": "array", "items": TEXT}, "running_turns": OBJECTS, "limits": OBJECT, "last_errors": OBJECTS,
     "after": {"type": "integer", "minimum": 0, "default": 0},
 }
+    "role": {"enum": ["user", "model"]}, "state": {"enum": ["running", "complete", "failed"]}, "started": TIME,
+    "chunks": COUNT, "readers": COUNT, "client": TEXT, "duration_minutes": SECONDS,
+}
+SHAPES = {  # field: fields of the object that it is, or of each object in its list
+    "sessions": "session_id model message_count duration_minutes created_at last_activity streaming",
+    "messages": "role text timestamp turn_id", "latest_turn": "turn_id state message started chunks",
+    "streams": "session_id turn_id started chunks readers client",
 
 
 class Refused(Exception):
@@ -1798,7 +1812,7 @@ def describe(routes: list[Route]) -> dict[str, Any]:
 def _operation(route: Route) -> dict[str, Any]:
     inputs = [(name, "path") for name in re.findall(r"\{(\w+)\}", route.path)]
     inputs += [(name, "query") for name in route.query.split()]
-    operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary}
+    operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "tags": [route.tag]}
     if not route.public:
         operation["security"] = [{"token": []}, {}]  # {}: a server without a token asks for none
     operation["parameters"] = [
@@ -1841,7 +1855,7 @@ def _object(fields: str, **schemas: Any) -> dict[str, Any]:
     names = fields.split()
     return {
         "type": "object",
-        "properties": {name: {**FIELDS, **schemas}[name] for name in (each.rstrip("?") for each in names)},
+        "properties": {name: schemas.get(name) or _field(name) for name in (each.rstrip("?") for each in names)},
         "required": [name for name in names if not name.endswith("?")],
     }
 
@@ -1863,6 +1877,14 @@ def response_head(status: int, headers: dict[str, str], closing: bool) -> bytes:
     """Status line and fields (RFC 9112, section 4)."""
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
+def _field(name: str) -> dict[str, Any]:
+    schema = FIELDS[name]
+    if name not in SHAPES:
+        return schema
+    shape = _object(SHAPES[name])
+    return {**schema, "items": shape} if schema["type"] == "array" else {**shape, **schema}
+
+
     lines += ["X-Content-Type-Options: nosniff", f"Connection: {'close' if closing else 'keep-alive'}", "", ""]
     return "\r\n".join(lines).encode("latin-1")
 

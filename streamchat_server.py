@@ -77,6 +77,7 @@ import traceback
 import unicodedata
 import uuid
 import warnings
+from base64 import b64encode
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
@@ -188,12 +189,12 @@ class Route(NamedTuple):
     public: bool = False  # needs no token
 
     @property
-    @property
     def tag(self) -> str:
         if self.answer == STREAM:
             return "Streams"
         return "Sessions" if self.path.startswith("/sessions") else "Server"
 
+    @property
     def needs_body(self) -> bool:
         return self.body is not None and not all(name.endswith("?") for name in self.body.split())
 
@@ -234,8 +235,8 @@ METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE"
 FEATURES = ["chunked transfer coding", "NDJSON events", "multi-turn sessions", "resume", "retry by turn_id", "stop"]
 
 TEXT, FLAG, OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
-COUNT, SECONDS = {"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0}
 SAID, MODEL = {**TEXT, "examples": ["Hello!"]}, {**TEXT, "examples": ["offline"]}
+COUNT, SECONDS = {"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0}
 TIME = {"type": "string", "format": "date-time", "examples": ["2026-11-24T10:00:00.123456+00:00"]}
 IDENTIFIER = {"type": "string", "pattern": f"^{ID.pattern}$", "examples": ["demo"]}
 AVERAGE, OBJECTS = {"type": ["number", "null"]}, {"type": "array", "items": OBJECT}
@@ -257,7 +258,6 @@ FIELDS: dict[str, dict] = {  # field: JSON Schema. A name means the same whereve
     "framework": TEXT, "name": TEXT, "version": TEXT, "features": {"type": "array", "items": TEXT}, "endpoints": OBJECT,
     "threads": {"type": "array", "items": TEXT}, "running_turns": OBJECTS, "limits": OBJECT, "last_errors": OBJECTS,
     "after": {"type": "integer", "minimum": 0, "default": 0},
-}
     "role": {"enum": ["user", "model"]}, "state": {"enum": ["running", "complete", "failed"]}, "started": TIME,
     "chunks": COUNT, "readers": COUNT, "client": TEXT, "duration_minutes": SECONDS,
 }
@@ -265,6 +265,7 @@ SHAPES = {  # field: fields of the object that it is, or of each object in its l
     "sessions": "session_id model message_count duration_minutes created_at last_activity streaming",
     "messages": "role text timestamp turn_id", "latest_turn": "turn_id state message started chunks",
     "streams": "session_id turn_id started chunks readers client",
+}
 
 
 class Refused(Exception):
@@ -1685,13 +1686,27 @@ def problem(refused: Refused) -> Reply:
     return Reply(status, headers, json.dumps(body).encode() + b"\n")
 
 
-def reply_cached(request: Request, media_type: str, body: bytes) -> Reply:
+def content_security_policy(html: str) -> str:
+    """CSP Level 3: the page's own script and style run, by their hash, and reach this server alone.
+
+    With trusted types, no string becomes HTML or script in it.
+    """
+    own = {tag: b64encode(hashlib.sha256(text.encode()).digest()).decode()
+           for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", html, re.DOTALL)}
+    sources = [f"{tag}-src 'sha256-{digest}'" for tag, digest in own.items()]
+    return "; ".join([
+        "default-src 'none'", *sources, "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'",
+        "frame-ancestors 'none'", "require-trusted-types-for 'script'", "trusted-types 'none'"])
+
+
+def reply_cached(request: Request, reply: Reply) -> Reply:
     """RFC 9110, section 13.1.2: 304 for who has these bytes already."""
-    etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    etag = f'"{hashlib.sha256(reply.body).hexdigest()[:16]}"'
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    caching = {"ETag": etag, "Cache-Control": "no-cache"}
     if etag in known or "*" in known:
-        return Reply(304, {"ETag": etag})
-    return Reply(200, {"Content-Type": media_type, "ETag": etag, "Cache-Control": "no-cache"}, body)
+        return Reply(304, caching)
+    return reply._replace(headers={**reply.headers, **caching})
 
 
 class Endpoints:
@@ -1770,13 +1785,15 @@ class Endpoints:
         })
 
     def openapi(self, request: Request) -> Reply:
-        return reply_cached(request, "application/json", json.dumps(describe(self.routes)).encode() + b"\n")
+        return reply_cached(request, reply_json(describe(self.routes)))
 
     def demo(self, request: Request) -> Reply:
         page = Path(__file__).with_name("demo.html")
         if not page.is_file():
             raise Refused("not_found", "The page is the file demo.html, and it is not beside streamchat_server.py.")
-        return reply_cached(request, "text/html; charset=utf-8", page.read_bytes())
+        html = page.read_text("utf-8")  # newlines as browsers hash them, also where a checkout made them CRLF
+        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": content_security_policy(html)}
+        return reply_cached(request, Reply(200, headers, html.encode()))
 
     docs = demo
 
@@ -1860,6 +1877,14 @@ def _object(fields: str, **schemas: Any) -> dict[str, Any]:
     }
 
 
+def _field(name: str) -> dict[str, Any]:
+    schema = FIELDS[name]
+    if name not in SHAPES:
+        return schema
+    shape = _object(SHAPES[name])
+    return {**schema, "items": shape} if schema["type"] == "array" else {**shape, **schema}
+
+
 # ---- handler and server: read, check, route, write. The only room that touches a socket; it knows no histories. -----
 
 STREAM_HEADERS = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -1877,14 +1902,6 @@ def response_head(status: int, headers: dict[str, str], closing: bool) -> bytes:
     """Status line and fields (RFC 9112, section 4)."""
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
-def _field(name: str) -> dict[str, Any]:
-    schema = FIELDS[name]
-    if name not in SHAPES:
-        return schema
-    shape = _object(SHAPES[name])
-    return {**schema, "items": shape} if schema["type"] == "array" else {**shape, **schema}
-
-
     lines += ["X-Content-Type-Options: nosniff", f"Connection: {'close' if closing else 'keep-alive'}", "", ""]
     return "\r\n".join(lines).encode("latin-1")
 

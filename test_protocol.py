@@ -18,10 +18,13 @@ class runs small broken servers, on which the reader or `check_turn` must fail.
 """
 
 import argparse
+import base64
 import bisect
 import contextlib
+import hashlib
 import http.client
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -1166,8 +1169,9 @@ WAITING = {}        # the tests that mostly wait, by what pytest calls in their 
 
 
 def waits(test):
-    """A test that mostly waits, and takes `serve` alone: it runs beside others, and is judged in its turn."""
+    """A test of `serve`, `browser` and its cases alone: it runs beside others, and is judged in its turn."""
     @NOT_OURS
+    @pytest.mark.usefixtures("begun", *(inspect.signature(test).parameters.keys() - {"self", "serve", "browser"}))
     def in_its_turn(self, request, begun):
         begun[request.node].result()
     WAITING[in_its_turn] = test
@@ -1176,13 +1180,29 @@ def waits(test):
 
 @pytest.fixture(scope="session")
 def begun(request):
-    """Of the tests that were chosen, those that mostly wait: they begin ten at a time."""
-    def run(item):
+    """Of the tests that were chosen, those that mostly wait: they begin ten at a time, and one at a time in a browser.
+
+    The browser is the same for all, but each test has a new tab of it.
+    """
+    def run(item, **more):
+        case = item.callspec.params if hasattr(item, "callspec") else {}
         with fresh_servers() as serve:
-            WAITING[item.function](item.instance, serve)
+            WAITING[item.function](item.instance, serve, **case, **more)
+
+    def run_in_browser(item):
+        with browser().tab():
+            browser().console(), browser().requests()       # of the tests before
+            run(item, browser=browser())
     items = [item for item in request.session.items if item.function in WAITING]
-    with ThreadPoolExecutor(10) as pool:       # more would wait for a core
-        yield {item: pool.submit(run, item) for item in items}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(10) as pool, ThreadPoolExecutor(1) as alone:
+        browser = cache(lambda: stack.enter_context(Browser()))         # more than ten would wait for a core
+        runs = {}
+        for item in items:
+            in_browser = "browser" in inspect.signature(WAITING[item.function]).parameters
+            runs[item] = alone.submit(run_in_browser, item) if in_browser else pool.submit(run, item)
+        yield runs
+        for future in runs.values():        # where the session ends early
+            future.cancel()
 
 
 # ---- Run it
@@ -1245,6 +1265,7 @@ class TestRunIt:
             assert "s3cret" not in said
 
     @pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
+    @waits
     def test_a_loopback_host_needs_no_token(self, serve, host):
         try:
             socket.create_server((host, 0), family=socket.getaddrinfo(host, 0)[0][0]).close()
@@ -1252,10 +1273,12 @@ class TestRunIt:
             pytest.skip(f"this machine has no {host}")
         serve("--host", host, "--chunk-delay", "0").turn("Hi")
 
+    @waits
     def test_with_a_token_others_may_reach_the_host(self, serve):
         serve("--token", TOKEN, "--host", "0.0.0.0", "--chunk-delay", "0").turn("Hi")
         assert ask(serve("--host", "0.0.0.0", STREAMCHAT_TOKEN=TOKEN), "GET", "/stats", BEARER).status == 200
 
+    @waits
     def test_the_flag_goes_before_the_environment_and_an_empty_variable_is_no_token(self, serve):
         for flags, token in [(("--token", TOKEN), "another"), ((), "")]:
             serve(*flags, "--chunk-delay", "0", STREAMCHAT_TOKEN=token).turn("Hi")
@@ -1309,6 +1332,7 @@ class TestRunIt:
             process.kill()
             process.wait(PATIENCE)
 
+    @waits
     def test_a_signal_may_come_at_once(self, serve):
         def interrupt(pause):
             server = serve()
@@ -1960,6 +1984,7 @@ class TestCutConnections:
         assert server.readers(session) == [0]
 
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to count threads and descriptors")
+    @waits
     def test_nothing_leaks(self, serve):
         server = serve("--chunk-delay", "0.002", "--resume-window", "0.3", "--log", "off")
         folders = [Path(f"/proc/{server.process.pid}", name) for name in ("task", "fd")]
@@ -2614,6 +2639,7 @@ class TestLimits:
             connection.close()
             assert wait_until(lambda: server.request("GET", "/health").status == 200)
 
+    @waits
     def test_past_10_000_sessions_a_new_one_is_refused_and_none_is_thrown_out(self, serve):
         server = serve("--chunk-delay", "0", "--log", "off")
         connection = server.connect()
@@ -2853,6 +2879,7 @@ class TestWhoMayComeIn:
         check_turn(printed[0].splitlines(keepends=True), **server.pace)
         assert json.loads(printed[1])["stopped"] and stream.check().end["finish_reason"] == "cancelled"
 
+    @waits
     def test_the_token_is_never_shown(self, serve):
         shown = subprocess.run([sys.executable, str(SERVER), "--help"], env=environment(STREAMCHAT_TOKEN=TOKEN),
                                capture_output=True, check=True, encoding="utf-8").stdout
@@ -2951,6 +2978,7 @@ class TestWhoMayComeIn:
         assert {"GET", "DELETE"} <= set(methods.split(", "))
         assert set(fields.lower().split(", ")) == {"authorization", "content-type"} and int(age) > 0
 
+    @waits
     def test_a_page_of_another_origin_reaches_nothing(self, serve, browser):
         server = serve()
         with Site(None, {"/": ("text/html", HOSTILE_PAGE), "/favicon.ico": ("image/png", b"")}) as page:
@@ -2961,14 +2989,16 @@ class TestWhoMayComeIn:
         stats = server.stats()
         assert (stats["total_requests"], stats["total_sessions_created"]) == (0, 0)
 
-    def test_a_name_that_was_rebound_to_this_machine_reaches_nothing(self, instant, browser):
-        url = f"http://rebind.example:{instant.address[1]}"
+    @waits
+    def test_a_name_that_was_rebound_to_this_machine_reaches_nothing(self, serve, browser):
+        url = f"http://rebind.example:{serve().address[1]}"
         browser.open(url + "/health")
         assert '"code": "forbidden_host"' in browser.run("return document.body.innerText;")
         status, text = browser.run(FETCH, url, {"Content-Type": "application/json"})
         assert (status, json.loads(text)["code"]) == (403, "forbidden_host")
 
     @pytest.mark.parametrize("flags", [(), ("--token", TOKEN)], ids=["no token", "token"])
+    @waits
     def test_a_page_of_an_allowed_origin_streams(self, serve, browser, flags):
         with Site(None, {"/": ("text/html", b""), "/favicon.ico": ("image/png", b"")}) as page:
             server = serve("--chunk-delay", "0.02", "--allow-origin", page.url, *flags)
@@ -3107,6 +3137,7 @@ class TestConfiguration:
         (("--model", "offline"), {"GENAI_MODEL_ID": "gemini-x"}), ((), {"GENAI_MODEL_ID": "offline"}),
         (("--model", "offline"), {"GOOGLE_API_KEY": "no-real-key"}),
     ], ids=["the flag goes before the environment", "the environment names it", "a key is no obstacle"])
+    @waits
     def test_the_offline_model_needs_no_key(self, serve, flags, more):
         server = serve(*flags, "--chunk-delay", "0", **more)
         assert server.get("/")["model"] == server.turn("Hi").info["model"] == "offline"
@@ -3120,6 +3151,7 @@ class TestConfiguration:
         assert own("--debug").get("/debug")
 
     @pytest.mark.parametrize("level", ["full", "brief", "off"])
+    @waits
     def test_the_log_shows_as_much_as_it_was_told(self, serve, level):
         server = serve("--log", level, "--chunk-delay", "0")
         before = server.log()
@@ -3130,6 +3162,7 @@ class TestConfiguration:
         log = server.log().removeprefix(before)
         assert ("SECRET" in log, "a-sess" in log) == (level == "full", level != "off")
 
+    @waits
     def test_the_log_is_plain_where_it_is_no_terminal_and_cannot_be_forged(self, serve):
         server = serve("--log", "full", "--chunk-delay", "0")
         server.turn(FORGED)
@@ -3749,10 +3782,13 @@ def check_turns(server, turns):
         assert history[1][1] == shown
 
 
+INSTANT = ("--chunk-delay", "0", "--log", "off")
+
+
 @pytest.fixture
 def instant(own):
     """A server without pace."""
-    return own("--chunk-delay", "0", "--log", "off")
+    return own(*INSTANT)
 
 
 @pytest.fixture
@@ -3825,6 +3861,7 @@ def timeless(shown):
 class TestReadme:
     """What the README shows is what the server does."""
 
+    @waits
     def test_the_exchange_byte_by_byte(self, serve):
         request, answer = re.findall(r"^```http\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
         head, _, body = answer.partition("\n\n")
@@ -3840,6 +3877,7 @@ class TestReadme:
             sent += connection.take(1)
         assert normal(sent.decode()) == normal(shown)
 
+    @waits
     def test_the_commands_and_what_they_print(self, serve):
         needs("curl")
         server = serve()
@@ -3850,6 +3888,7 @@ class TestReadme:
             command = replaced(command, ("curl", "curl -sS"), ("localhost:8000", url_of(server)))
             assert normal(run(["sh", "-c", command], ".")) == normal(shown)
 
+    @waits
     def test_the_chat_at_a_terminal(self, serve):
         command, _, shown = block("text", "$ python3 streamchat_client.py").partition("\n")
         faults = [Fault(), Fault(cut=b'"chunk_number":3')]
@@ -4035,11 +4074,19 @@ class TestJavaScriptClient:
         assert run([needs("node"), "split.mjs"], tmp_path) == block("text", "split on each read:")
 
 
+WAIT = f"""
+for (const end = Date.now() + {PATIENCE * 1000}; Date.now() < end; await new Promise(then => setTimeout(then, 20))) {{
+  try {{ const value = CONDITION; if (value) return value; }} catch {{ }}
+}}
+"""
+TAB, ENTER, SHIFT, ESCAPE = "\ue004", "\ue007", "\ue008", "\ue00c"      # W3C WebDriver, section "Keyboard actions"
+
+
 class Browser:
     """Chromium, driven by WebDriver over plain HTTP."""
 
     FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update",
+             "--disable-background-networking", "--disable-component-update", "--window-size=1200,900",
              "--host-resolver-rules=MAP rebind.example 127.0.0.1")
 
     def __enter__(self):
@@ -4051,7 +4098,8 @@ class Browser:
             ready = next(filter(None, (re.search(r"successfully on port (\d+)", line) for line in self.driver.stdout)))
             self.port, self.session = int(ready[1]), ""
             options = {"binary": needs("chromium"), "args": [*self.FLAGS, f"--user-data-dir={self.profile}"]}
-            asked = {"alwaysMatch": {"goog:chromeOptions": options, "timeouts": {"script": 30_000}}}
+            asked = {"alwaysMatch": {"goog:chromeOptions": options, "timeouts": {"script": 30_000},
+                                     "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}}
             self.session = "/" + self.ask("POST", "", capabilities=asked)["sessionId"]
         except BaseException:
             self.__exit__()
@@ -4083,11 +4131,55 @@ class Browser:
                  "error => done(String(error)));"
         return self.ask("POST", "/execute/async", script=script, args=list(args))
 
+    def wait(self, condition, *args):
+        """The value of an expression in JavaScript, once it is true; what it needs may not be there yet."""
+        value = self.run(WAIT.replace("CONDITION", condition), *args)
+        assert value, (condition, args, self.run("return document.body.innerText;"), self.console())
+        return value
 
-@pytest.fixture(scope="module")
-def browser():
-    with Browser() as browser:
-        yield browser
+    def click(self, css):
+        self.wait("document.querySelector(args[0])?.checkVisibility()", css)
+        [element] = self.ask("POST", "/element", using="css selector", value=css).values()
+        self.ask("POST", f"/element/{element}/click")
+
+    def keys(self, text, held=""):
+        """Press one key after the other, for whatever has the focus."""
+        pressed = [{"type": kind, "value": key} for key in text for kind in ("keyDown", "keyUp")]
+        down, up = ([{"type": kind, "value": key} for key in held] for kind in ("keyDown", "keyUp"))
+        self.ask("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": [*down, *pressed, *up]}])
+
+    @contextlib.contextmanager
+    def tab(self, kind="tab"):
+        """A new tab, which hides the one before; or a "window" beside, where both are seen. It is closed at the end."""
+        before = self.ask("GET", "/window")
+        handle = self.ask("POST", "/window/new", type=kind)["handle"]
+        self.show(handle)
+        if kind == "window":
+            self.ask("POST", "/window/rect", x=1200, y=0)
+        try:
+            yield handle
+        finally:
+            self.show(handle)
+            self.ask("DELETE", "/window")
+            self.show(before)
+
+    def show(self, handle):
+        """Go to another tab or window."""
+        self.ask("POST", "/window", handle=handle)
+
+    def cdp(self, command, **parameters):
+        """What WebDriver has no word for (Chrome DevTools Protocol)."""
+        return self.ask("POST", "/goog/cdp/execute", cmd=command, params=parameters)
+
+    def console(self):
+        """What the console got since this was asked last."""
+        return self.ask("POST", "/se/log", type="browser")
+
+    def requests(self):
+        """The URLs that pages asked for since this was asked last. (A new tab is a page of the browser's own.)"""
+        entries = [json.loads(entry["message"])["message"] for entry in self.ask("POST", "/se/log", type="performance")]
+        asked = [entry["params"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in asked if not each["documentURL"].startswith("chrome:")]
 
 
 MANY_XHRS = """
@@ -4121,31 +4213,39 @@ class TestClientsInABrowser:
         assert wait_until(lambda: browser.run(script).endswith("this one."))
         return browser.run(script)
 
-    def test_the_page_shows_the_answer(self, instant, browser):
-        with Site(instant.address, self.pages()) as proxy:
+    @waits
+    def test_the_page_shows_the_answer(self, serve, browser):
+        server = serve(*INSTANT)
+        with Site(server.address, self.pages()) as proxy:
             text = self.open_page(browser, proxy)
         assert text == "You said: Hello!\n\nThis is the offline model. 0 messages came before this one."
 
-    def test_fetch_survives_a_cut_at_any_byte(self, instant, browser):
-        cuts = places_to_cut(instant, 37)
-        with Site(instant.address, self.pages(), [Fault(), *cut_once(cuts)]) as proxy:    # not the page's own turn
+    @waits
+    def test_fetch_survives_a_cut_at_any_byte(self, serve, browser):
+        server = serve(*INSTANT)
+        cuts = places_to_cut(server, 37)
+        with Site(server.address, self.pages(), [Fault(), *cut_once(cuts)]) as proxy:    # not the page's own turn
             self.open_page(browser, proxy)
             turns = browser.run('const {chat} = await import("/chat.mjs"), [count, text] = args;' + MANY_FETCHES
                                 + "return turns;", len(cuts), TEXT)
         assert all(answer == shown for _, answer, shown in turns)
-        check_turns(instant, [turn[:2] for turn in turns])
+        check_turns(server, [turn[:2] for turn in turns])
 
-    def test_xhr_survives_a_cut_at_any_byte(self, instant, browser):
-        cuts = places_to_cut(instant, 37)
-        with Site(instant.address, self.pages(), cut_once(cuts)) as proxy:
+    @waits
+    def test_xhr_survives_a_cut_at_any_byte(self, serve, browser):
+        server = serve(*INSTANT)
+        cuts = places_to_cut(server, 37)
+        with Site(server.address, self.pages(), cut_once(cuts)) as proxy:
             browser.open(proxy.url + "/xhr")
-            check_turns(instant, browser.run(MANY_XHRS, len(cuts), TEXT))
+            check_turns(server, browser.run(MANY_XHRS, len(cuts), TEXT))
             assert sum(line.startswith("POST") for line in proxy.requests) >= 2 * len(cuts)
 
-    def test_xhr_reads_lines_that_come_byte_by_byte(self, instant, browser):
-        with Site(instant.address, self.pages(), BYTE_BY_BYTE) as proxy:
+    @waits
+    def test_xhr_reads_lines_that_come_byte_by_byte(self, serve, browser):
+        server = serve(*INSTANT)
+        with Site(server.address, self.pages(), BYTE_BY_BYTE) as proxy:
             browser.open(proxy.url + "/xhr")
-            check_turns(instant, browser.run(MANY_XHRS, 1, TEXT))
+            check_turns(server, browser.run(MANY_XHRS, 1, TEXT))
 
 
 class TestCurl:
@@ -5068,6 +5168,7 @@ class TestTerminalClient:
         check_boxes(shown)
         assert max(map(width, shown.splitlines())) <= 80
 
+    @waits
     def test_boxes_tell_what_the_server_tells(self, serve):
         server = serve("--chunk-delay", "0", "--log", "off")
         with chatting(url_of(server), "--session", "a-chat") as chat:
@@ -5411,6 +5512,1049 @@ class TestTerminalClientIsSafe:
                 self.check_safe(chat)
             check_boxes(chat.seen())
             assert not next(site.faults, None)
+
+
+# ---- The page, in a browser
+
+@contextlib.contextmanager
+def opened(browser, url, path="/demo", excused=()):
+    """The page of the server at this URL. In the end it has asked nobody else, and no error was left in the console.
+
+    `excused` are sources of errors in the console: where connections are cut, "network" has some.
+    """
+    browser.open(url + path)
+    yield
+    errors = [entry for entry in browser.console() if entry["level"] == "SEVERE" and entry["source"] not in excused]
+    assert not errors, errors
+    assert {urlsplit(asked).netloc for asked in browser.requests()} <= {urlsplit(url).netloc, ""}   # none in data:
+
+
+ARTICLES = """[...document.querySelectorAll("#log article")].map(
+    article => [article.classList.item(0), article.querySelector(".text").textContent])"""
+STATE = 'document.querySelector("#state").dataset.state'
+WATCH = """
+window.states = [STATE];
+window.texts = [];
+new MutationObserver(() => {
+  const text = document.querySelector("article.model:last-of-type .text")?.textContent;
+  if (STATE !== states.at(-1)) states.push(STATE);
+  if (text && text !== texts.at(-1)) texts.push(text);
+}).observe(document.body, {attributes: true, characterData: true, childList: true, subtree: true});
+""".replace("STATE", STATE)
+SPACED = "  two  spaces\n\n\ta tab and " + TEXT
+
+
+def send(browser, message):
+    browser.run('document.querySelector("#message").focus();')
+    browser.cdp("Input.insertText", text=message)
+    browser.keys(ENTER)
+
+
+def until(browser, state):
+    browser.wait(f"{STATE} === args[0]", state)
+
+
+def seen(browser, selector):
+    """The texts of the elements that are shown."""
+    return browser.run("return [...document.querySelectorAll(args[0])].filter(each => each.checkVisibility() && "
+                       "each.textContent).map(each => each.textContent);", selector)
+
+
+def check_articles(browser, server, session):
+    """The page shows the session's history, character for character."""
+    shown = browser.run(f"return {ARTICLES};")
+    assert shown == [list(message) for message in server.history(session)]
+
+
+def check_stop(browser, server, session):
+    """Stop the turn: what is shown is what had left, and the history keeps the same."""
+    browser.click("#stop")
+    until(browser, "stopped")
+    check_articles(browser, server, session)
+
+
+class TestThePageChats:
+    """README, "The page": an answer is shown as it comes, and each session as the server has it."""
+
+    @waits
+    def test_an_answer_grows_as_it_comes(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with opened(browser, url_of(server), f"/demo?session={session}"):
+            until(browser, "idle")
+            browser.run(WATCH)
+            send(browser, SPACED * 20)
+            until(browser, "complete")
+            check_articles(browser, server, session)
+            states, texts = browser.run("return [states, texts];")
+            assert seen(browser, "article.model .end") and not seen(browser, ".streaming, .notice, .error, .retry")
+        order = ["idle", "sending", "waiting", "streaming", "complete"]
+        assert states == [state for state in order if state in states] and {"idle", "streaming"} < set(states)
+        assert len(texts) > 5 and all(texts[-1].startswith(text) for text in texts)
+
+    @waits
+    def test_what_came_is_shown_and_a_stop_works_though_nothing_more_comes(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        stalls = {"sending": 0, "waiting": b'{"type":"chunk"', "streaming": b'"chunk_number":3'}
+        with Proxy(server.address, [fault for stall in stalls.values() for fault in (Fault(stall=stall), Fault())]) \
+                as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            for state in stalls:
+                send(browser, LONG)
+                until(browser, state)
+                if state == "streaming":
+                    browser.wait(f"({ARTICLES}).at(-1)[1] === args[0]", "You said: " + "word " * 6)
+                    assert seen(browser, ".streaming") and seen(browser, "#progress")[0].startswith("2 chunks")
+                check_stop(browser, server, session)
+
+    @waits
+    def test_enter_sends_and_with_shift_it_breaks_the_line(self, serve, browser):
+        server, session = serve(*INSTANT), new_id()
+        with opened(browser, url_of(server), f"/demo?session={session}"):
+            browser.click("#message")
+            browser.keys(" " + ENTER)
+            browser.keys("One")
+            browser.keys(ENTER, held=SHIFT)
+            browser.keys("two " + ENTER)
+            until(browser, "complete")
+            check_articles(browser, server, session)
+            assert server.history(session)[0] == ("user", " One\ntwo ")
+            assert browser.run('return document.querySelector("#message").value;') == ""
+            browser.keys("three")
+            browser.click("#send")
+            browser.wait(f"({ARTICLES}).length === 4")
+            until(browser, "complete")
+            check_articles(browser, server, session)
+
+    @waits
+    def test_enter_does_not_send_while_an_input_method_composes(self, serve, browser):
+        """UI Events, section 5.7: its keys have the code 229, in Safari also the one that ends the composition."""
+        server, session = serve(*INSTANT), new_id()
+        enter = {"type": "rawKeyDown", "key": "Enter", "code": "Enter"}
+        with opened(browser, url_of(server), f"/demo?session={session}"):
+            browser.click("#message")
+            browser.cdp("Input.imeSetComposition", text="\u304b", selectionStart=1, selectionEnd=1)
+            browser.cdp("Input.dispatchKeyEvent", windowsVirtualKeyCode=13, **enter)
+            browser.cdp("Input.insertText", text="\u65e5")
+            browser.cdp("Input.dispatchKeyEvent", windowsVirtualKeyCode=229, **enter)
+            browser.cdp("Input.insertText", text="\u672c")
+            browser.keys(ENTER)
+            until(browser, "complete")
+            assert server.history(session)[0] == ("user", "\u65e5\u672c")
+            check_articles(browser, server, session)
+
+    @waits
+    def test_a_button_and_escape_stop_the_turn(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with opened(browser, url_of(server), f"/demo?session={session}"):
+            for stop in (lambda: browser.click("#stop"), lambda: browser.keys(ESCAPE)):
+                send(browser, LONG)
+                browser.wait(f"({ARTICLES}).at(-1)[1].length > 50")
+                stop()
+                until(browser, "stopped")
+                check_articles(browser, server, session)
+            assert len(server.history(session)) == 4 and "stopped" in seen(browser, "article.model .end")[-1]
+            assert len(server.history(session)[3][1]) < len(LONG)
+
+    @waits
+    def test_a_failed_turn_is_told_in_words_and_its_retry_answers(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with opened(browser, url_of(server), f"/demo?session={session}"):
+            send(browser, LONG)
+            until(browser, "streaming")
+            server.request("POST", f"/sessions/{session}/clear")
+            until(browser, "failed")
+            assert "cleared" in seen(browser, "article.model .error")[0]
+            browser.click("article.model .retry")
+            until(browser, "streaming")
+            check_stop(browser, server, session)
+            assert len(server.history(session)) == 2 and not seen(browser, ".error, .retry")
+
+    @waits
+    def test_a_refusal_is_told_in_words_and_the_message_comes_back(self, serve, browser):
+        server, session = serve(*INSTANT), new_id()
+        with Proxy(server.address, [Fault(instead=refusal(409))]) as proxy, \
+                opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            send(browser, SPACED)
+            browser.wait("document.querySelector('#log .notice').textContent.includes('Because I say so.')")
+            assert browser.run('return document.querySelector("#message").value;') == SPACED
+            browser.click("#send")
+            until(browser, "complete")
+            check_articles(browser, server, session)
+
+    @waits
+    def test_the_sessions_are_listed_opened_and_begun(self, serve, browser):
+        server = serve(*INSTANT)
+        for session in ("one", "one", "two"):
+            server.turn(session + SPACED, session_id=session)
+        listed = '[...document.querySelectorAll("#sessions .open")].map(each => each.dataset.id)'
+        chosen = 'document.querySelector("#sessions [aria-current=true]")?.dataset.id'
+        with opened(browser, url_of(server), "/demo?session=one"):
+            browser.wait(f"{listed}.join() === 'two,one' && {chosen} === 'one' && ({ARTICLES}).length === 4")
+            check_articles(browser, server, "one")
+            browser.click("[data-id=two]")
+            browser.wait(f"{chosen} === 'two' && location.search === '?session=two'")
+            browser.wait(f"({ARTICLES}).length === 2")
+            check_articles(browser, server, "two")
+            browser.click("#new")
+            session = browser.wait(f"!['one', 'two', undefined].includes({chosen}) && {chosen}")
+            assert browser.run(f"return {ARTICLES};") == []
+            send(browser, "Hi")
+            until(browser, "complete")
+            check_articles(browser, server, session)
+            browser.wait(f"{listed}.join() === args[0]", f"{session},two,one")
+            assert browser.run("return location.search;") == f"?session={session}"
+
+    @waits
+    def test_a_message_may_be_sent_before_the_session_is_read(self, serve, browser):
+        server, session = serve(*INSTANT), new_id()
+        with Proxy(server.address) as proxy:
+            proxy.fault_of = lambda line: Fault(delay=0.5) if line.startswith("GET /sessions") else Fault()
+            with opened(browser, proxy.url, f"/demo?session={session}"):
+                send(browser, TEXT)
+                until(browser, "complete")
+                browser.wait('document.querySelector("#sessions .open")')
+                check_articles(browser, server, session)
+
+    @waits
+    def test_a_turn_goes_on_while_another_session_is_shown(self, serve, browser):
+        server = serve(*CALM)
+        server.turn(SPACED, session_id="two")
+        with opened(browser, url_of(server), "/demo?session=one"):
+            send(browser, LONG)
+            until(browser, "streaming")
+            browser.click("[data-id=two]")
+            until(browser, "complete")
+            check_articles(browser, server, "two")
+            browser.click("[data-id=one]")
+            browser.wait(f"({ARTICLES})[1]?.[1].length > 100 && {STATE} === 'streaming'")
+            check_stop(browser, server, "one")
+
+    @waits
+    def test_a_session_is_cleared_and_deleted_after_a_question(self, serve, browser):
+        server = serve(*INSTANT)
+        server.turn("Hi", session_id="one")
+        with opened(browser, url_of(server), "/demo?session=one"):
+            browser.wait(f"({ARTICLES}).length === 2")
+            for button in ("#clear", "#delete"):
+                browser.click(button)
+                browser.click("#ask-cancel")
+                browser.wait("!document.querySelector('#ask').open")
+            check_articles(browser, server, "one")
+            assert len(server.history("one")) == 2
+            browser.click("#clear")
+            browser.click("#ask-ok")
+            browser.wait(f"({ARTICLES}).length === 0")
+            assert server.history("one") == []
+            send(browser, "Again")
+            until(browser, "complete")
+            check_articles(browser, server, "one")
+            browser.click("#delete")
+            browser.click("#ask-ok")
+            browser.wait("!document.querySelector('[data-id=one]')")
+            assert server.session_ids() == set() and browser.run(f"return {ARTICLES};") == []
+
+    @waits
+    def test_the_token_is_asked_for_and_kept_for_the_tab_alone(self, serve, browser):
+        server = serve("--token", TOKEN, *INSTANT)
+        is_asked = "document.querySelector('#ask').open && document.querySelector('#ask-input').checkVisibility()"
+        with opened(browser, url_of(server), "/demo?session=one", ["network"]):
+            for token in ("wrong", TOKEN):
+                browser.wait(f"{is_asked} && !document.querySelector('#ask-input').value")
+                browser.keys(token + ENTER)
+            browser.wait("!document.querySelector('#ask').open")
+            send(browser, "Hi")
+            until(browser, "complete")
+            check_articles(browser, server, "one")
+            browser.ask("POST", "/refresh")
+            browser.wait(f"({ARTICLES}).length === 2")
+            assert not browser.run(f"return {is_asked};")
+            kept = "return JSON.stringify({...args[0] ? sessionStorage : localStorage}) + document.cookie + location;"
+            assert TOKEN in browser.run(kept, True) and TOKEN not in browser.run(kept, False)
+            with browser.tab():
+                browser.open(url_of(server) + "/demo?session=one")
+                browser.wait(is_asked)
+
+
+class TestThePageRecovers:
+    """After a cut the page shows the server's text, nothing twice and nothing missing, and says so."""
+
+    @waits
+    def test_a_cut_at_any_place_neither_loses_nor_doubles_text(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        cuts = [*random.Random(2).sample(places_to_cut(server, 3), 10), b'"is_final":true', b"\n\r\n0\r\n"]
+        with Proxy(server.address, [*cut_once(cuts), *BYTE_BY_BYTE]) as proxy, \
+                opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            for number, cut in enumerate([*cuts, None], 1):
+                send(browser, TEXT)
+                browser.wait(f"({ARTICLES}).length === args[0] && {STATE} === 'complete'", 2 * number)
+                assert browser.run(f"return {ARTICLES};")[-1][1] == server.history(session)[-1][1], cut
+            check_articles(browser, server, session)
+        assert sum(map(bool, map(STREAM.match, proxy.requests))) == 2 * len(cuts) + 1
+
+    @waits
+    def test_what_a_server_in_trouble_says_is_no_answer(self, serve, browser):
+        server, session = serve(*INSTANT), new_id()
+        faults = [fault for _, raw in MAY_PASS[:8] for fault in (Fault(instead=raw), Fault())]
+        with Proxy(server.address, faults) as proxy, \
+                opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            for number in range(1, 9):
+                send(browser, TEXT)
+                browser.wait(f"({ARTICLES}).length === args[0] && {STATE} === 'complete'", 2 * number)
+            check_articles(browser, server, session)
+
+    @waits
+    def test_a_reload_in_mid_answer_goes_on_with_question_and_answer(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with opened(browser, url_of(server), f"/demo?session={session}"):
+            send(browser, SPACED + LONG)
+            until(browser, "streaming")
+            browser.ask("POST", "/refresh")
+            browser.wait(f"({ARTICLES})[1][1].length > 100 && {STATE} === 'streaming'")
+            assert browser.run(f"return {ARTICLES};")[0] == ["user", SPACED + LONG]
+            check_stop(browser, server, session)
+            browser.ask("POST", "/refresh")
+            until(browser, "stopped")
+            check_articles(browser, server, session)
+        assert server.stats()["total_requests"] == 1
+
+    @waits
+    def test_a_second_window_notices_a_turn_and_follows_it(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with opened(browser, url_of(server), f"/demo?session={session}"):
+            first = browser.ask("GET", "/window")
+            with browser.tab("window") as second:
+                browser.open(f"{url_of(server)}/demo?session={session}")
+                until(browser, "idle")
+                server.turn(SPACED, session_id=session)
+                browser.wait(f"({ARTICLES}).length === 2")
+                browser.show(first)
+                send(browser, LONG)
+                browser.show(second)
+                browser.wait(f"{STATE} === 'streaming' && ({ARTICLES})[2][1] === args[0]", LONG)
+                assert server.readers(session) == [2]
+                check_stop(browser, server, session)
+                browser.show(first)
+                until(browser, "stopped")
+                check_articles(browser, server, session)
+
+    @waits
+    def test_a_server_that_was_away_is_found_again(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            until(browser, "idle")
+            proxy.down()
+            until(browser, "away")
+            send(browser, TEXT)
+            browser.wait(f"({ARTICLES}).length === 2")
+            until(browser, "away")
+            proxy.up()
+            until(browser, "complete")
+            send(browser, LONG)
+            until(browser, "streaming")
+            proxy.down()
+            until(browser, "away")
+            proxy.up()
+            until(browser, "streaming")
+            check_stop(browser, server, session)
+            assert "resumed" in seen(browser, "article.model:last-of-type .notice")[0]
+            assert len(server.history(session)) == 4
+
+    @waits
+    def test_a_server_that_lost_its_memory_runs_the_turn_anew(self, serve, browser):
+        before, after = serve(*CALM), serve(*CALM)
+        with Proxy(before.address) as proxy, opened(browser, proxy.url, "/demo?session=one", ["network"]):
+            send(browser, LONG)
+            until(browser, "streaming")
+            proxy.down()
+            proxy.target = after.address
+            proxy.up()
+            browser.wait("document.querySelector('.notice')?.textContent.includes('another run')")
+            until(browser, "streaming")
+            check_stop(browser, after, "one")
+
+    @waits
+    def test_a_turn_that_ended_meanwhile_is_shown_as_it_ended(self, serve, browser):
+        """Its log is gone, so the answer comes from the history."""
+        server, session = serve(*CALM, "--resume-window", "0"), new_id()
+        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            send(browser, LONG)
+            until(browser, "streaming")
+            proxy.down()
+            assert wait_until(lambda: server.history(session))
+            proxy.up()
+            until(browser, "stopped")
+            check_articles(browser, server, session)
+
+    @waits
+    def test_a_hidden_tab_lets_go_of_its_stream_and_attaches_again(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with opened(browser, url_of(server), f"/demo?session={session}"):
+            send(browser, LONG)
+            browser.wait(f"({ARTICLES})[1]?.[1].length > 1500")
+            assert server.readers(session) == [1]
+            with browser.tab():
+                assert wait_until(lambda: server.readers(session) == [0])
+            assert wait_until(lambda: server.readers(session) == [1])
+            check_stop(browser, server, session)
+
+
+# ---- The page's other views, its safety, and what it does for everyone
+
+QUOTES = "it's \"quoted\" $HOME `id` !! \\n \\ %s *\n\ttab \x7f caf\u00e9 \U0001f600 \u2028 ' '' <&>"
+COPY = """
+return new Promise(resolve => {
+  navigator.clipboard.writeText = async text => resolve(text);
+  document.querySelector(args[0]).click();
+});
+"""
+TEXTS = "return Array.from(document.querySelectorAll(args[0]), element => element.textContent);"
+ANSWER = "#log > article.model:last-of-type"
+WIRE = """
+return Array.from(document.querySelectorAll("#lines .line:not([data-type=head])"), line => [line.dataset.type,
+  ...["since", "gap", "bytes", "raw"].map(name => line.querySelector("." + name).textContent)]);
+"""
+WIRE_IS_WHOLE = '[...document.querySelectorAll("#lines .line:not([data-type=ping])")].at(-1).dataset.type === "note"'
+USABLE = """
+["drop", "resume", "again", "halt", "curl"].filter(id => !document.getElementById(id).disabled).join(" ") === args[0]
+"""
+TICKS = """     // where each begins, half way up: only ticks stand there
+const canvas = document.querySelector("#picture"), ticks = [];
+const {data} = canvas.getContext("2d").getImageData(0, Math.round(canvas.height * .55), canvas.width, 1);
+for (let x = 1; x < canvas.width; x++) if (data[4 * x + 3] && !data[4 * x - 1]) ticks.push(x);
+return ticks;
+"""
+
+
+@contextlib.contextmanager
+def visited(browser, server, view="chat"):
+    """The page in this view, with a new session, whose id it yields."""
+    session = server.request("POST", "/sessions/new").json["session_id"]
+    with opened(browser, url_of(server), f"/demo?session={session}#{view}"):
+        browser.wait('document.querySelector("#log").hasChildNodes()')
+        yield session
+
+
+def answer_shown(browser):
+    """Of the last answer, once it has ended."""
+    browser.wait(f'document.querySelector("{ANSWER} > .end:not(:empty)")')
+    return browser.run(TEXTS, ANSWER + " > .text")[0]
+
+
+def say(browser, message):
+    send(browser, message)
+    return answer_shown(browser)
+
+
+class TestThePageShowsTheWire:
+    """README, "The page": each line of a stream as it came, and what recovery does, at the press of a button."""
+
+    @waits
+    def test_each_line_is_shown_as_it_came(self, serve, browser):
+        server = serve("--heartbeat", "0.05", "--log", "off")
+        with visited(browser, server, "wire") as session:
+            say(browser, TEXT)
+            browser.wait(WIRE_IS_WHOLE)
+            rows, ticks = browser.run(WIRE), browser.run(TICKS)
+            label, facts = browser.run('return ["#picture", "#wire-facts"].map(css => document.querySelector(css))'
+                                       ".map(element => element.ariaLabel ?? element.innerText);")
+        kinds, since, gaps, sizes, raws = zip(*rows, strict=True)
+        lines = [raw for kind, raw in zip(kinds, raws, strict=True) if kind in EVENTS and kind != "ping"]
+        assert "".join(line + "\n" for line in lines).encode() == b"".join(server.follow(session).read().lines)
+        assert kinds[:2] == ("request", "response") and "ping" in kinds
+        first, body = raws[0].split("\n")
+        assert first == "POST /chat/stream HTTP/1.1" and json.loads(body)["message"] == TEXT
+        assert raws[1].startswith("HTTP 200 OK\n") and "\ncontent-type: application/x-ndjson" in raws[1]
+        lengths = [len(raw) + 1 if kind in EVENTS else 0 for kind, raw in zip(kinds, raws, strict=True)]
+        assert list(sizes) == [f"{length} ({length:x})" if length else "" for length in lengths]
+        assert f"\n{sum(lengths):,} + " in facts and "\nchunked\n" in facts and "http/1.1" in facts
+        self.check_times(kinds, [float(time) for time in since], gaps, label, ticks)
+
+    def check_times(self, kinds, since, gaps, label, ticks):
+        for (earlier, later), gap in zip(itertools.pairwise(since), gaps[1:], strict=True):
+            assert abs(float(gap) - (later - earlier)) < 0.002
+        chunks = [time for kind, time in zip(kinds, since, strict=True) if kind == "chunk"]
+        assert all(time >= 0.1 * number for number, time in enumerate(chunks)), "earlier than the pace allows"
+        count, first, last, gap = re.fullmatch(
+            r"(\d+) chunks on 1 connection: the first after (\S+) s, the last after (\S+) s, the longest gap (\S+) s",
+            label).groups()
+        assert (int(count), float(first), float(last)) == (len(chunks), chunks[0], chunks[-1])
+        assert abs(float(gap) - max(later - earlier for earlier, later in itertools.pairwise(chunks))) < 0.002
+        end = since[kinds.index("complete")]
+        assert 2 <= len(ticks) <= len(chunks) + 1 and abs(ticks[0] / ticks[-1] - chunks[0] / end) < 0.01
+
+    @waits
+    def test_a_connection_is_dropped_and_resumed_and_a_turn_sent_again_and_stopped(self, serve, browser):
+        server = serve("--chunk-delay", "0.02", "--heartbeat", "0.1", "--log", "off")
+        with visited(browser, server, "wire") as session:
+            browser.wait(USABLE, "")
+            send(browser, LONG)
+            browser.wait('document.querySelectorAll("[data-type=chunk]").length > 5')
+            browser.wait(USABLE, "drop again halt curl")
+
+            browser.click("#drop")
+            until(browser, "dropped")
+            browser.wait(USABLE, "resume again halt curl")
+            shown = browser.run(TEXTS, ANSWER + " > .text")[0]
+            assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
+
+            browser.click("#resume")
+            browser.wait(f'document.querySelector("{ANSWER} > .text").textContent.length > args[0]', len(shown) + 100)
+            assert "Nothing is missing" in browser.run(TEXTS, ANSWER + " .notice")[0]
+            assert server.readers(session) == [1]
+            chunks = [raw for kind, *_, raw in browser.run(WIRE) if kind == "chunk"]
+            assert len(set(chunks)) == len(chunks), "a chunk came twice"
+
+            browser.click("#again")
+            browser.wait('document.querySelectorAll("[data-type=session_info]").length === 3')
+            browser.click("#halt")
+            until(browser, "stopped")
+            browser.wait(USABLE, "resume again curl")
+            history = server.history(session)
+            assert history == [("user", LONG), ("model", answer_shown(browser))]
+
+            browser.click("#again")
+            browser.wait(f'document.querySelectorAll("[data-type=complete]").length === 2 && {WIRE_IS_WHOLE}')
+            assert server.history(session) == history and answer_shown(browser) == history[1][1]
+            asked = [raw.split(" HTTP/1.1")[0] for kind, *_, raw in browser.run(WIRE) if kind == "request"]
+        assert asked[:1] + asked[2:] == ["POST /chat/stream"] * 3
+        assert int(asked[1].removeprefix(f"GET /sessions/{session}/stream?after=")) > 5
+        assert server.stats()["total_requests"] == 1
+
+    @pytest.mark.parametrize("flags", [(), ("--token", TOKEN)], ids=["no token", "token"])
+    @waits
+    def test_the_curl_line_works_as_it_stands(self, serve, browser, flags):
+        needs("curl")
+        server, session = serve(*INSTANT, *flags), new_id()
+        with opened(browser, url_of(server), excused=["network"]):      # it asks for the token
+            browser.run('sessionStorage.setItem("token", args[0]);', TOKEN)
+            browser.open(f"{url_of(server)}/demo?session={session}#wire")
+            browser.wait('document.querySelector("#log").hasChildNodes()')
+            say(browser, QUOTES)
+            line = browser.run(COPY, "#curl")
+        history = server.history(session)
+        assert history[0] == ("user", QUOTES) and line.isascii()
+        printed = run(["sh", "-c", line], None)
+        assert printed.encode() == b"".join(server.follow(session).read().lines)
+        assert server.history(session) == history, "the line is a retry of the turn"
+
+
+TRY = """
+const [id, values, wait] = args, box = document.getElementById(id);
+const soon = () => new Promise(then => setTimeout(then, 5));
+box.open = true;
+while (!box.querySelector("form")) await soon();
+const form = box.querySelector("form");
+for (const [name, value] of Object.entries(values)) if (form.elements[name]) form.elements[name].value = value;
+form.dispatchEvent(new Event("input", {bubbles: true}));
+form.querySelector(".try").click();
+while (wait && form.querySelector(".try").disabled) await soon();
+return ["status", "headers", "body"].map(name => form.querySelector("." + name).innerText);
+"""
+API_SHOWN = """
+return Array.from(document.querySelector("#operations").children, box => box.matches("h2") ? box.textContent : [
+  box.id, box.querySelector("summary").innerText,
+  Array.from(box.querySelectorAll(".docs td"), cell => cell.textContent)]);
+"""
+
+
+def resolved(api, schema):
+    """The schema itself, or that to which it refers."""
+    place = api if "$ref" in schema else schema
+    for name in schema.get("$ref", "").split("/")[1:]:
+        place = place[name]
+    return place
+
+
+def operations(api):
+    """Each with its group and the id that it has in the page, in the page's order."""
+    found = [(operation["tags"][0], re.sub("[^a-z0-9]+", "-", f"{method} {path}").strip("-"), operation)
+             for path, item in api["paths"].items() for method, operation in item.items()]
+    groups = list(dict.fromkeys(group for group, *_ in found))
+    return sorted(found, key=lambda each: groups.index(each[0]))
+
+
+def names_to_show(api, operation):
+    """Of its parameters, and of all fields that it reads and writes; those that may be missing have a mark."""
+    schemas = []
+    for media in [*operation.get("requestBody", {}).get("content", {}).values(),
+                  *operation["responses"]["200"].get("content", {}).values()]:
+        schemas += resolved(api, media["itemSchema"])["oneOf"] if "itemSchema" in media else [media.get("schema", {})]
+    objects = [resolved(api, schema) for schema in schemas]
+    return [f"{each['name']} ({each['in']})" for each in operation["parameters"]] + [
+        name if name in each["required"] else name + "?" for each in objects for name in each.get("properties", ())]
+
+
+class TestThePageShowsTheApi:
+    """README, "The page": the operations of /openapi.json, each to be tried."""
+
+    @waits
+    def test_every_operation_stands_in_its_group_with_its_fields_and_errors(self, serve, browser):
+        server = serve("--log", "off")
+        api = server.get("/openapi.json")
+        with opened(browser, url_of(server), "/docs"):
+            browser.wait('document.querySelector("#operations > .operation")')
+            browser.run('for (const box of document.querySelectorAll(".operation")) box.open = true;')
+            browser.wait('document.querySelectorAll(".operation .docs").length === args[0]', len(operations(api)))
+            shown = iter(browser.run(API_SHOWN))
+        for group, members in itertools.groupby(operations(api), lambda each: each[0]):
+            assert next(shown) == group
+            for (_, name, operation), (shown_name, summary, cells) in zip(members, shown, strict=False):
+                errors = {status: answer["description"] for status, answer in operation["responses"].items()}
+                del errors["200"]
+                assert shown_name == name and operation["summary"] in summary
+                assert cells[::2] == [*names_to_show(api, operation), *sorted(errors)]
+                assert dict(zip(cells[::2], cells[1::2], strict=True)).items() >= errors.items()
+                assert all(cells), "a field without a type"
+        assert not list(shown)
+
+    @waits
+    def test_a_deep_link_opens_its_operation(self, serve, browser):
+        opened_at = 'document.activeElement.closest(".operation[open]").id === location.hash.slice(1)' \
+                    " && location.hash.slice(1) === args[0]"
+        is_seen = "const {top, bottom} = document.activeElement.getBoundingClientRect(); " \
+                  "return top >= 0 && bottom <= innerHeight;"
+        with opened(browser, url_of(serve("--log", "off")), "/docs#get-openapi-json"):
+            browser.wait(opened_at, "get-openapi-json")
+            assert browser.run(is_seen)
+            browser.click("#post-chat-stream summary a")
+            browser.wait(opened_at, "post-chat-stream")
+            assert browser.run(is_seen)
+            assert browser.run(TEXTS, "nav [aria-current=page]") == ["API"]
+            assert browser.run(TEXTS, "main > section:not([hidden]) h2")[0] == "Streams"
+
+    @waits
+    def test_every_operation_can_be_tried_and_its_curl_line_does_the_same(self, serve, browser):
+        needs("curl")
+        server, session = serve("--token", TOKEN, *INSTANT), new_id()
+        turn = json.dumps({"message": QUOTES, "session_id": session, "turn_id": "t-1"}, ensure_ascii=False)
+        all_of_them = sorted(operations(server.get("/openapi.json")), key=lambda each: each[1].startswith("delete"))
+        with opened(browser, url_of(server), "/docs"):
+            browser.run('sessionStorage.setItem("token", args[0]);', TOKEN)
+            browser.wait('document.querySelector("#operations > .operation")')
+            for _, name, _ in all_of_them:
+                values = {"session_id": session, "after": "1", "body": turn if name == "post-chat-stream" else "{\t}"}
+                status, headers, body = browser.run(TRY, name, values, True)
+                assert re.fullmatch(r"200 OK . head after \d+\.\d{3} s . all after \d+\.\d{3} s", status), name
+                assert re.search("(?mi)^content-type: .*(json|html)", headers), name
+                box = f"#{name}"
+                assert TOKEN not in browser.run(TEXTS, box)[0]
+                if name.startswith("delete"):
+                    server.request("POST", "/sessions/new", {"session_id": session})
+                printed = run(["sh", "-c", browser.run(COPY, box + " .row > .copy")], None)
+                if lines := browser.run(TEXTS, box + " .body .raw"):
+                    assert printed.splitlines() == lines and json.loads(lines[-1])["type"] == "complete"
+                elif "html" in headers:
+                    assert [printed] == browser.run(TEXTS, box + " .body pre")
+                else:
+                    assert json.loads(printed).keys() == json.loads(body.removeprefix("Body")).keys()
+        assert server.stats()["total_requests"] == 1, "the curl line is a retry"
+
+    @waits
+    def test_a_wrong_body_is_sent_as_it_stands_and_its_problem_shown(self, serve, browser):
+        with opened(browser, url_of(serve("--log", "off")), "/docs", ["network"]):
+            browser.wait('document.querySelector("#post-chat-stream")')
+            for body, code in [('{"message": "Hi",}', "invalid_json"), ("", "invalid_json"), ("{}", "invalid_field")]:
+                status, headers, shown = browser.run(TRY, "post-chat-stream", {"body": body}, True)
+                assert status.startswith("400 Bad Request") and "application/problem+json" in headers
+                assert json.loads(shown.removeprefix("Body"))["code"] == code
+
+    @waits
+    def test_a_stream_is_shown_line_by_line_and_can_be_left(self, serve, browser):
+        server, session = serve("--log", "off"), new_id()
+        with opened(browser, url_of(server), "/docs"):
+            browser.wait('document.querySelector("#post-chat-stream")')
+            body = json.dumps({"message": LONG, "session_id": session})
+            browser.run(TRY, "post-chat-stream", {"body": body}, False)
+            browser.wait('document.querySelectorAll("#post-chat-stream [data-type=chunk]").length > 2')
+            assert server.readers(session) == [1]
+            browser.click("#post-chat-stream .abort")
+            browser.wait('!document.querySelector("#post-chat-stream .try").disabled')
+            assert re.match("200 OK .* aborted after", browser.run(TEXTS, "#post-chat-stream .status")[0])
+            assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
+
+
+RAN = "window.ran = 1"
+HOSTILE_TEXT = "\n".join([
+    f'<img src=x onerror="{RAN}">', f"</script><script>{RAN}</script>", f"</div></article><svg onload='{RAN}'>",
+    "<iframe srcdoc='<script>top.ran = 1</script>'>", f"javascript:{RAN}", f"[link](javascript:{RAN})",
+    "<!-- </style> --> &lt;b&gt; &amp; &#60;", "a\u202eb \u2066c \u200fd\u061c \u2029e \x85f",
+    "\\u0000 \x00 \x07 \x1b[31m \x7f \ufffe", "x" * 10_000, "\U0001f600" * 2000,
+    f"```<img src=x onerror={RAN}>", f"</pre><script>{RAN}</script>" + "y" * 5000, "```",
+])
+MADE_OF = {             # a place in the page, and the elements in it
+    "#log": "article h3 div p span pre button", "#lines": "div span", "#sessions": "li button span small", "#title": "",
+    "#server": "", "#wire-facts": "div dt dd", "#state": "", "#progress": "",
+}
+ELEMENTS = 'return Array.from(document.querySelectorAll(args[0] + " *"), element => element.localName);'
+MISFITS = """       // what is wider than its box, or not wholly in the window
+const short = "#title, #sessions .name, textarea, input", scrolling = ".code pre";
+return Array.from(document.querySelectorAll("html, body, body *")).filter(element => {
+  if (!element.checkVisibility() || element.matches(short) || element.closest("svg")) return false;
+  const {clientWidth, scrollWidth} = element, {left, right} = element.getBoundingClientRect();
+  return clientWidth && scrollWidth > clientWidth + 1 && !element.matches(scrolling)
+         || (left < -1 || right > innerWidth + 1) && !element.closest(scrolling);
+}).map(({localName, id, className}) => [localName, id, className]);
+"""
+PLAYED = """        // each case is a turn: steps, each of which is a list of events that come at once
+const [cases] = args, {fetch} = window, results = [], {port1, port2} = new MessageChannel();
+const soon = () => new Promise(then => { port1.onmessage = then; port2.postMessage(0); });
+const until = async condition => {
+  for (const end = Date.now() + 2000; !condition() && Date.now() < end;) await soon();
+};
+window.requestAnimationFrame = draw => { queueMicrotask(draw); return 1; };     // frames are slow
+for (const steps of cases) {
+  let body, turn_id, text = "";
+  const stream = new ReadableStream({start(controller) { body = controller; }}), wrong = [];
+  window.fetch = async (url, options) => {
+    if (new URL(url, location).pathname !== "/chat/stream") return fetch(url, options);
+    ({turn_id} = JSON.parse(options.body));
+    return new Response(stream);
+  };
+  document.querySelector("#message").value = "Hi";
+  document.querySelector("#form").requestSubmit();
+  await until(() => turn_id);
+  const box = document.querySelector("#log > article.model:last-of-type > .text");
+  for (const events of steps) {
+    for (const event of events) {
+      if (event.type === "session_info") event.turn_id = turn_id;
+      if (event.type === "chunk") text += event.text;
+      body.enqueue(new TextEncoder().encode(JSON.stringify(event) + "\\n"));
+    }
+    await until(() => box.textContent === text);
+    if (box.textContent !== text) wrong.push([text, box.textContent]);
+  }
+  body.close();
+  await until(() => box.parentElement.querySelector(".end:not(:empty)"));
+  results.push([wrong, Array.from(box.querySelectorAll(".code pre"), code => code.textContent)]);
+}
+return results;
+"""
+FRAMING = b'<!DOCTYPE html><link rel="icon" href="data:,"><iframe src="/demo"></iframe>'
+ATTEMPTS = """
+const [there, count] = args, refused = [], add = (name, fields, text = "") => {
+  const element = document.createElement(name);
+  for (const [field, value] of Object.entries(fields)) element.setAttribute(field, value);
+  element.append(text);
+  document.body.append(element);
+  return element;
+};
+document.addEventListener("securitypolicyviolation", event => refused.push(event.effectiveDirective));
+for (const attempt of [
+  () => eval("window.ran = 1"),
+  () => { document.body.innerHTML = "<b>HTML</b>"; },
+  () => add("button", {onclick: "window.ran = 1"}).click(),
+  () => add("script", {}, "window.ran = 1"),
+  () => add("script", {src: "/demo"}),
+  () => add("a", {href: "javascript:window.ran = 1"}).click(),
+  () => add("style", {}, "* { color: red }"),
+  () => add("p", {style: "color: red"}),
+  () => add("img", {src: there}),
+  () => add("iframe", {src: there}),
+  () => fetch(there),
+  () => navigator.sendBeacon(there),
+  () => add("form", {action: there}).submit(),
+  () => add("base", {href: there}),
+]) setTimeout(attempt);     // what the driver itself runs is free
+for (let tries = 0; refused.length < count && tries < 100; tries++) await new Promise(then => setTimeout(then, 50));
+return [window.ran, refused.sort()];
+"""
+REFUSED = sorted([*["require-trusted-types-for"] * 5, "script-src-elem", "style-src-elem", "style-src-attr", "img-src",
+                  "frame-src", "connect-src", "connect-src", "form-action", "base-uri"])
+
+
+def resize(browser, width):
+    browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+
+
+def check_harmless(browser):
+    """Nothing ran, no element was made of data, and nothing leaves its box, also where there is little room."""
+    resize(browser, 320)
+    for view in ("chat", "wire"):
+        browser.run("location.hash = args[0];", view)
+        browser.wait("document.getElementById(args[0]).checkVisibility()", view)
+        if browser.run('return document.querySelector(".end:not(:empty)");'):
+            browser.wait(f"document.querySelector('#chat').checkVisibility() || {WIRE_IS_WHOLE}")
+        assert not browser.run(MISFITS), view
+    for place, names in MADE_OF.items():
+        assert set(browser.run(ELEMENTS, place)) <= set(names.split()), place
+    assert browser.run("return window.ran;") is None
+
+
+class TestThePageIsSafe:
+    """README, "The page": what comes from outside is text. It never runs, and is never HTML."""
+
+    @waits
+    def test_a_hostile_text_is_shown_as_it_is_in_message_answer_and_history(self, serve, browser):
+        server = serve(*INSTANT)
+        with visited(browser, server) as session:
+            for _ in range(2):      # one of them is in the history alone
+                server.turn(HOSTILE_TEXT, session_id=session)
+            browser.ask("POST", "/refresh")
+            answer_shown(browser)
+            say(browser, HOSTILE_TEXT)
+            texts = [text for _, text in server.history(session)]
+            assert len(texts) == 6 and browser.run(TEXTS, "#log > article > .text") == texts
+            check_harmless(browser)
+
+    @waits
+    def test_a_hostile_stream_is_shown_as_it_is(self, serve, browser):
+        lines = [{"type": "session_info", "model": HOSTILE_TEXT}, {"type": "status", "message": HOSTILE_TEXT},
+                 {"type": HOSTILE_TEXT}, {"type": "constructor", HOSTILE_TEXT: 1}, {"type": "__proto__"},
+                 {"type": "chunk", "text": HOSTILE_TEXT, "chunk_number": 1}]
+        end = {"type": "complete", "finish_reason": "constructor", "total_chunks": 1, "processing_time": 1,
+               "message_count": 0, "usage": {"total_tokens": HOSTILE_TEXT}}
+        error = {"type": "error", "code": HOSTILE_TEXT, "message": HOSTILE_TEXT}
+        with visited(browser, serve("--log", "off")):
+            browser.run(PLAYED, [[[*lines, end]], [[*lines, error]]])
+            assert browser.run(TEXTS, "#log > article > .text") == ["Hi", HOSTILE_TEXT] * 2
+            assert "function" not in browser.run(TEXTS, "#log > article > .end")[0], "a name that objects inherit"
+            assert HOSTILE_TEXT in browser.run(TEXTS, "#log > article > .error")
+            check_harmless(browser)
+            assert error in map(json.loads, browser.run(TEXTS, "#lines [data-type=error] > .raw"))
+
+    @waits
+    def test_hostile_sessions_and_refusals_are_shown_as_they_are(self, serve, browser):
+        forged = HOSTILE_TEXT.replace("\n", " ")
+        fields = ("session_id", "model", "created_at", "last_activity")
+        session = {**dict.fromkeys(fields, forged), "message_count": 2}
+        messages = [{"role": role, "text": HOSTILE_TEXT, "timestamp": forged, "turn_id": forged}
+                    for role in (forged, "model")]
+        answers = {"/stats": {"model": forged, "streams": []},
+                   "/sessions": {"sessions": [session, {**session, "session_id": "s-1"}]},
+                   "/sessions/s-1": {**session, "messages": messages, "latest_turn": None}}
+        pages = {path: ("application/json", json.dumps(answer).encode()) for path, answer in answers.items()}
+        refused = Fault(instead=refusal(418, body=json.dumps({"detail": HOSTILE_TEXT, "code": forged}).encode()))
+        with Site(serve("--log", "off").address, pages, [refused]) as site, \
+                opened(browser, site.url, "/demo?session=s-1", ["network"]):
+            browser.wait('document.querySelectorAll("#log > article").length === 2')
+            browser.wait('document.querySelector("#server").textContent === args[0]', forged)
+            send(browser, "Hi")
+            assert browser.wait('document.querySelector("#log > .notice")?.textContent').endswith(HOSTILE_TEXT)
+            assert browser.run(TEXTS, "#log > article > .text") == [HOSTILE_TEXT] * 2
+            assert forged in browser.run(TEXTS, "#sessions .name")
+            check_harmless(browser)
+
+    def test_the_policy_names_this_script_and_this_style_and_no_other_source(self, fast):
+        """Content Security Policy Level 3."""
+        page = fast.request("GET", "/demo")
+        if page.status == 404:
+            pytest.skip("demo.html is not beside the server")
+        policy = dict(directive.split(" ", 1) for directive in page.headers["content-security-policy"].split("; "))
+        for tag in ("script", "style"):
+            [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", page.body.decode(), re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
+        assert policy == {
+            "default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
+            "form-action": "'none'", "frame-ancestors": "'none'", "require-trusted-types-for": "'script'",
+            "trusted-types": "'none'"}
+        assert fast.request("GET", "/docs").body == page.body
+        assert len(page.body) < 64 << 10
+
+    @waits
+    def test_the_browser_refuses_what_the_policy_forbids(self, serve, browser):
+        server = serve("--log", "off")
+        with Proxy(server.address) as there, Site(server.address, {"/": ("text/html", FRAMING)}) as site:
+            browser.open(url_of(server) + "/demo")
+            assert browser.run(ATTEMPTS, there.url, len(REFUSED)) == [None, REFUSED]
+            assert not there.requests
+            browser.open(site.url + "/")
+            assert browser.run('return document.querySelector("iframe").contentDocument;') is None
+            assert any("frame-ancestors 'none'" in entry["message"] for entry in browser.console())
+
+
+FENCES = [              # a text, and its code blocks (CommonMark, section 4.5)
+    ("no code", []), ("a ``` b ```\n", []), ("``\nno\n``", []), ("    ```\nno\n", []), ("\t```\nno\n", []),
+    ("``` a`b\nno\n", []), ("~~\n~ ~~~\n", []), ("```py\nprint(1)\n```\nafter", ["print(1)\n"]),
+    ("before\n```\nopen\n\nto the end", ["open\n\nto the end"]), ("~~~ a`b\n```\n~~~\n", ["```\n"]),
+    ("````\n```\n````` \n", ["```\n"]), ("```\na\n``` x\n~~~\n```", ["a\n``` x\n~~~\n"]),
+    ("   ```\n  a\n  ```\n```\n```", ["  a\n", ""]), ("```", [""]), ("\n\n```\n\n\n```\n\n", ["\n\n"]),
+    ("```\n    ```\n", ["    ```\n"]), ("```\nx\n```\n" * 2, ["x\n", "x\n"]), ("```\r\nx\r\n```\r\ny", ["x\r\n"]),
+]
+WIDTHS = """
+const range = document.createRange(), text = document.querySelector(args[0]).firstChild;
+return [0, 5].map(at => (range.setStart(text, at), range.setEnd(text, at + 4), range.getBoundingClientRect().width));
+"""
+LONG_TASKS = """
+window.tasks = [];
+new PerformanceObserver(list => tasks.push(...list.getEntries().map(task => task.duration)))
+  .observe({type: "longtask"});
+"""
+
+
+def played(*texts):
+    """The steps of a turn with these chunks, which come one by one."""
+    chunks = [[{"type": "chunk", "text": text, "chunk_number": number}] for number, text in enumerate(texts, 1)]
+    end = {"type": "complete", "finish_reason": "stop", "total_chunks": len(texts), "processing_time": 1,
+           "message_count": 0}      # as many as the server has, or the page reads the history
+    return [[{"type": "session_info"}], *chunks, [end]]
+
+
+def cut_by_chance(chance, text):
+    cuts = sorted(chance.choices(range(len(text) + 1), k=5))
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+
+
+class TestThePageShowsText:
+    """README, "The page": fenced code is set apart, and each character of an answer is there."""
+
+    @waits
+    def test_fenced_code_is_set_apart_however_it_is_cut(self, serve, browser):
+        with visited(browser, serve("--log", "off")):
+            for cut in (lambda text: [text], list):
+                assert browser.run(PLAYED, [played(*cut(text)) for text, _ in FENCES]) == [[[], c] for _, c in FENCES]
+            browser.run(PLAYED, [played("```py\niiii\nMMMM\n```\n")])
+            assert browser.run(COPY, ANSWER + " .code .copy") == "iiii\nMMMM\n"
+            assert len(set(browser.run(WIDTHS, ANSWER + " .code pre"))) == 1, "an i is narrower than an M"
+
+    @waits
+    def test_each_character_of_any_answer_is_shown_as_it_comes(self, serve, browser):
+        chance = random.Random(1)
+        parts = ["```", "~~~", "`", "~", "\n", "\n", " ", "a", "\u2028", "\U0001f600"]
+        texts = ["".join(chance.choices(parts, k=20)) for _ in range(60)]
+        with visited(browser, serve("--log", "off")):
+            in_pieces = browser.run(PLAYED, [played(*cut_by_chance(chance, text)) for text in texts])
+            at_once = browser.run(PLAYED, [played(text) for text in texts])
+        assert not [wrong for wrong, _ in in_pieces if wrong] and in_pieces == at_once
+
+    @waits
+    def test_five_thousand_chunks_are_shown_and_the_page_stays_usable(self, serve, browser):
+        server = serve("--chunk-words", "1", *INSTANT)
+        with visited(browser, server) as session:
+            browser.run(LONG_TASKS)
+            text = say(browser, "word " * 4990)
+            browser.run('location.hash = "wire";')
+            browser.wait(WIRE_IS_WHOLE)
+            lines = [raw for kind, *_, raw in browser.run(WIRE) if kind in EVENTS]
+            tasks = browser.run("return tasks;")
+        assert text == server.history(session)[-1][1] and len(lines) > 5000
+        assert "".join(line + "\n" for line in lines).encode() == b"".join(server.follow(session).read().lines)
+        assert max(tasks, default=0) < 2000, "a person who types has to wait"
+
+
+CONTRASTS = """     // of the texts that are seen (WCAG 2.2, section 1.4.3); a button that can't be used needs none
+const numbers = colour => colour.match(/[0-9.]+/g).map(Number);
+const light = colour => numbers(colour).slice(0, 3).map(n => n / 255)
+  .reduce((sum, n, at) => sum + [.2126, .7152, .0722][at] * (n <= .04045 ? n / 12.92 : ((n + .055) / 1.055) ** 2.4), 0);
+const clear = style => numbers(style.backgroundColor)[3] === 0;
+const behind = element => clear(getComputedStyle(element)) ? behind(element.parentElement) : getComputedStyle(element);
+const contrast = (element, pseudo) => {
+  const colours = [getComputedStyle(element, pseudo).color, behind(element).backgroundColor];
+  const [dark, bright] = colours.map(light).sort((a, b) => a - b);
+  return [element.outerHTML.slice(0, 100), (bright + .05) / (dark + .05)];
+};
+const speaks = element => Array.from(element.childNodes).some(node => node.nodeType === 3 && node.data.trim());
+const seen = Array.from(document.querySelectorAll("body *")).filter(element => element.checkVisibility());
+return [...seen.filter(element => speaks(element) || element.matches(".copy"))
+              .filter(element => !element.matches(":disabled, .fence")).map(element => contrast(element)),
+        ...seen.filter(element => element.placeholder).map(element => contrast(element, "::placeholder"))];
+"""
+CONTROLS = "a, button, input, textarea, summary, [tabindex='0']"
+FOCUSES = """       // which element gets the focus, and whether that is seen
+window.focuses = new Map();
+document.addEventListener("focusin", ({target}) => {
+  const {outlineStyle, outlineWidth} = getComputedStyle(target);
+  focuses.set(target, outlineStyle !== "none" && parseFloat(outlineWidth) >= 1);
+});
+document.activeElement.blur();
+return document.querySelectorAll(args[0]).length;
+"""
+UNREACHED = """
+return Array.from(document.querySelectorAll(args[0]))
+  .filter(element => element.checkVisibility() && !element.disabled && !focuses.get(element))
+  .map(element => element.outerHTML.slice(0, 100));
+"""
+NAMED = {"button", "link", "textbox", "DisclosureTriangle", "dialog", "log", "image", "region", "navigation"}
+CODE = f"Look:\n```py\n{'x' * 300} = 1\n```\n{'word ' * 60}\n"
+
+
+def views(browser):
+    """Go to each view, which shows as much as it can."""
+    say(browser, CODE)
+    yield "chat"
+    browser.run('location.hash = "wire";')
+    browser.wait(WIRE_IS_WHOLE)
+    yield "wire"
+    browser.run('location.hash = "api";')
+    browser.wait('document.querySelector("#operations > .operation")')
+    browser.run('for (const box of document.querySelectorAll(".operation")) box.open = true;')
+    browser.wait('document.querySelector("#operations > :last-child .docs")')
+    browser.run('for (const box of document.querySelectorAll(".docs details")) box.open = true;')
+    browser.run(TRY, "post-chat-stream", {"body": '{"message": "' + "x" * 500 + '"}'}, True)
+    browser.run(TRY, "get-stats", {}, True)
+    yield "api"
+
+
+def nameless(browser):
+    """The roles of what a screen reader meets and has no name for."""
+    met = [node for node in browser.cdp("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+    named = [node["role"]["value"] for node in met if node.get("name", {}).get("value", "").strip()]
+    assert "button" in named
+    return Counter(node["role"]["value"] for node in met if node["role"]["value"] in NAMED) - Counter(named)
+
+
+def emulate(browser, feature, value):
+    browser.cdp("Emulation.setEmulatedMedia", features=[{"name": feature, "value": value}])
+
+
+class TestThePageIsForEveryone:
+    """README, "The page": any width, light and dark, with or without a mouse, eyes and patience."""
+
+    @waits
+    def test_it_fits_each_width_and_its_texts_stand_out_in_light_and_dark(self, serve, browser):
+        background = "return getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number);"
+        with visited(browser, serve(*INSTANT)):
+            for view in views(browser):
+                for width in (320, 768, 1440):
+                    resize(browser, width)
+                    assert not browser.run(MISFITS), (view, width)
+                for scheme in ("light", "dark"):
+                    emulate(browser, "prefers-color-scheme", scheme)
+                    ratios = browser.run(CONTRASTS)
+                    assert len(ratios) > 10 and not [each for each in ratios if each[1] < 4.5], (view, scheme)
+                    assert (max(browser.run(background)) < 100) is (scheme == "dark")
+
+    @waits
+    def test_each_control_has_a_name_and_is_reached_by_tab_and_then_seen(self, serve, browser):
+        with visited(browser, serve(*INSTANT)):
+            for view in views(browser):
+                assert not nameless(browser), view
+                browser.keys(TAB * browser.run(FOCUSES, CONTROLS))
+                assert not browser.run(UNREACHED, CONTROLS), view
+            browser.run('location.hash = "chat";')
+            browser.click("#delete")
+            assert not nameless(browser)
+            browser.keys(ESCAPE)
+            browser.wait('!document.querySelector("#ask").open')
+
+    @waits
+    def test_the_log_is_busy_while_an_answer_comes_and_stays_where_the_reader_scrolls(self, serve, browser):
+        def wait_for_more():
+            chunks = 'parseInt(document.querySelector("#progress").textContent)'
+            browser.wait(chunks + " > args[0]", browser.run(f"return {chunks};") + 20)
+
+        def places():
+            return browser.run('const {scrollTop, scrollHeight, clientHeight} = document.querySelector("#log");'
+                               "return [scrollTop, scrollHeight - clientHeight - scrollTop];")
+
+        with visited(browser, serve("--chunk-delay", "0.01", "--log", "off")):
+            emulate(browser, "prefers-reduced-motion", "no-preference")
+            send(browser, "line\n" * 3000)
+            browser.wait('document.querySelector("[role=log]").ariaBusy === "true" && document.getAnimations().length')
+            emulate(browser, "prefers-reduced-motion", "reduce")
+            browser.wait("!document.getAnimations().length")
+            wait_for_more()
+            assert places()[1] < 40 and browser.run('return document.querySelector("#latest").hidden;')
+            browser.run('document.querySelector("#log").scrollTop = 100;')
+            browser.wait('document.querySelector("#latest").checkVisibility()')
+            wait_for_more()
+            assert places()[0] == 100
+            browser.click("#latest")
+            browser.wait('document.querySelector("#latest").hidden')
+            wait_for_more()
+            assert places()[1] < 40
+            browser.click("#stop")
+            browser.wait('document.querySelector("[role=log]").ariaBusy === "false"')
+            assert browser.run(TEXTS, "[role=status]") == ["Stopped"]
 
 
 # ---- Chaos: STREAMCHAT_CHAOS=SECONDS or SECONDS:SEED. More than 4 s are a long run, with more clients and cases.
@@ -5901,6 +7045,7 @@ class TestCheckYourOwnClient:
             Server(*proxy.address).chat(LONG, session_id=session).read(5).abort()
             assert wait_until(lambda: server.readers(session) == [0])
 
+    @waits
     def test_the_client_learns_that_the_server_died(self, serve):
         server = serve()
         with Proxy(server.address) as proxy:

@@ -241,7 +241,7 @@ TIME = {"type": "string", "format": "date-time", "examples": ["2026-11-24T10:00:
 IDENTIFIER = {"type": "string", "pattern": f"^{ID.pattern}$", "examples": ["demo"]}
 AVERAGE, OBJECTS = {"type": ["number", "null"]}, {"type": "array", "items": OBJECT}
 FIELDS: dict[str, dict] = {  # field: JSON Schema. A name means the same wherever it stands, but in a problem.
-    "session_id": IDENTIFIER, "turn_id": IDENTIFIER, "model": MODEL, "timestamp": TIME, "message": SAID, "text": SAID,
+    "session_id": IDENTIFIER, "turn_id": IDENTIFIER, "model": MODEL, "timestamp": TIME, "message": TEXT, "text": SAID,
     "model_id": {**MODEL, "pattern": f"^{MODEL_ID.pattern}$"},
     "created": FLAG, "is_final": FLAG, "retryable": FLAG, "stopped": FLAG, "streaming": FLAG,
     "context_messages": COUNT, "chunk_number": {"type": "integer", "minimum": 1}, "total_chunks": COUNT,
@@ -1838,7 +1838,7 @@ def _operation(route: Route) -> dict[str, Any]:
     if route.body is not None:
         optional = [name.rstrip("?") for name in route.body.split() if name.endswith("?")]
         nullable = {name: {**FIELDS[name], "type": ["string", "null"]} for name in optional}
-        content = {"application/json": {"schema": _object(route.body, **nullable)}}
+        content = {"application/json": {"schema": _object(route.body, message=SAID, **nullable)}}
         operation["requestBody"] = {"required": route.needs_body, "content": content}
     operation["responses"] = {"200": {"description": route.summary, "content": _content(route)}, **_refusals(route)}
     return operation

@@ -1180,26 +1180,30 @@ def waits(test):
 
 @pytest.fixture(scope="session")
 def begun(request):
-    """Of the tests that were chosen, those that mostly wait: they begin ten at a time, and one at a time in a browser.
+    """Of the tests that were chosen, those that mostly wait: they begin ten at a time, and two at a time in a browser.
 
-    The browser is the same for all, but each test has a new tab of it.
+    There are two browsers, and each test has a new tab of one.
     """
     def run(item, **more):
         case = item.callspec.params if hasattr(item, "callspec") else {}
         with fresh_servers() as serve:
             WAITING[item.function](item.instance, serve, **case, **more)
 
+    @cache
+    def browser_of(thread):
+        return stack.enter_context(Browser())
+
     def run_in_browser(item):
-        with browser().tab():
-            browser().console(), browser().requests()       # of the tests before
-            run(item, browser=browser())
+        browser = browser_of(threading.get_ident())
+        with browser.tab():
+            browser.console(), browser.requests()       # of the tests before
+            run(item, browser=browser)
     items = [item for item in request.session.items if item.function in WAITING]
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(10) as pool, ThreadPoolExecutor(1) as alone:
-        browser = cache(lambda: stack.enter_context(Browser()))         # more than ten would wait for a core
-        runs = {}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(10) as pool, ThreadPoolExecutor(2) as browsers:
+        runs = {}       # more at a time would wait for a core
         for item in items:
             in_browser = "browser" in inspect.signature(WAITING[item.function]).parameters
-            runs[item] = alone.submit(run_in_browser, item) if in_browser else pool.submit(run, item)
+            runs[item] = browsers.submit(run_in_browser, item) if in_browser else pool.submit(run, item)
         yield runs
         for future in runs.values():        # where the session ends early
             future.cancel()
@@ -3522,16 +3526,21 @@ MODEL_ENDS = [
 def stand_in():
     if OUTSIDE:
         pytest.skip("needs a server of our own, with special flags")
-    if not importlib.util.find_spec("google") or not importlib.util.find_spec("google.genai"):
-        missing("google-genai")
-    with GeminiStandIn() as stand_in:
+    with gemini_stand_in() as stand_in:
         yield stand_in
 
 
-def gemini_server(stand_in, *flags, **more):
+def gemini_stand_in():
+    """Gemini's HTTP API, for the google-genai that is installed."""
+    if not importlib.util.find_spec("google") or not importlib.util.find_spec("google.genai"):
+        missing("google-genai")
+    return GeminiStandIn()
+
+
+def gemini_server(stand_in, *flags, serve=running, **more):
     """A server of our own whose Gemini is the stand-in."""
     urls = {"GOOGLE_GEMINI_BASE_URL": stand_in.url, "GOOGLE_VERTEX_BASE_URL": stand_in.url}
-    return running("--chunk-delay", "0", "--debug", *flags, **urls, **more)
+    return serve("--chunk-delay", "0", "--debug", *flags, **urls, **more)
 
 
 @pytest.fixture(scope="class")
@@ -6326,7 +6335,7 @@ class TestThePageIsSafe:
         with Site(serve("--log", "off").address, pages, [refused]) as site, \
                 opened(browser, site.url, "/demo?session=s-1", ["network"]):
             browser.wait('document.querySelectorAll("#log > article").length === 2')
-            browser.wait('document.querySelector("#server").textContent === args[0]', forged)
+            browser.wait('document.querySelector("#server").textContent === args[0]', f"Model: {forged}")
             send(browser, "Hi")
             assert browser.wait('document.querySelector("#log > .notice")?.textContent').endswith(HOSTILE_TEXT)
             assert browser.run(TEXTS, "#log > article > .text") == [HOSTILE_TEXT] * 2
@@ -6847,15 +6856,18 @@ class Chaos:
 class TestChaos:
     """Whatever many clients do at once, turns stay whole, readers see one log, totals balance and nothing leaks."""
 
-    def test_with_the_offline_model(self, tmp_path):
+    @waits
+    def test_with_the_offline_model(self, serve):
         # The server's threads change places so often that what should be one step, and is not, shows.
         switch = "import sys; sys.setswitchinterval(1e-5); sys.setswitchinterval = lambda seconds: None"
-        (tmp_path / "sitecustomize.py").write_text(switch)
-        with running(*SOON_OVER, PYTHONPATH=str(tmp_path)) as server:
-            Chaos(server, text_of, offline_answer).run()
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "sitecustomize.py").write_text(switch)
+            Chaos(serve(*SOON_OVER, PYTHONPATH=folder), text_of, offline_answer).run()
 
-    def test_with_a_model_that_fails(self, stand_in):
-        with gemini_server(stand_in, "--model", "gemini-test", *SOON_OVER, GEMINI_API_KEY=KEY) as server:
+    @waits
+    def test_with_a_model_that_fails(self, serve):
+        with gemini_stand_in() as stand_in:
+            server = gemini_server(stand_in, "--model", "gemini-test", *SOON_OVER, serve=serve, GEMINI_API_KEY=KEY)
             Chaos(server, text_or_case, gemini_answer, spare=20).run()     # google-genai keeps 20 connections
 
 

@@ -5768,9 +5768,10 @@ class TestThePageChats:
         with opened(browser, url_of(server), "/demo?session=one", ["network"]):
             for token in ("wrong", TOKEN):
                 browser.wait(f"{is_asked} && !document.querySelector('#ask-input').value")
-                browser.keys(token + ENTER)
+                browser.keys(token)
+                browser.click("#ask-ok")
             browser.wait("!document.querySelector('#ask').open")
-            send(browser, "Hi")
+            browser.keys("Hi" + ENTER)      # the focus is where it was
             until(browser, "complete")
             check_articles(browser, server, "one")
             browser.ask("POST", "/refresh")

@@ -55,7 +55,7 @@ from urllib.parse import quote, urlsplit
 
 OUTSIDE = os.environ.get("STREAMCHAT_URL")
 SERVER = Path(__file__).with_name("streamchat_server.py")
-PATIENCE = 10                       # seconds; longer than anything here takes, shorter than a person waits
+PATIENCE = 20                       # seconds; longer than anything here takes, shorter than a person waits
 LONG = "word " * 2000               # a turn that runs for 10 s at the pace of the `server` fixture
 
 
@@ -4149,7 +4149,12 @@ class Browser:
     def click(self, css):
         self.wait("document.querySelector(args[0])?.checkVisibility()", css)
         [element] = self.ask("POST", "/element", using="css selector", value=css).values()
-        self.ask("POST", f"/element/{element}/click")
+        try:
+            self.ask("POST", f"/element/{element}/click")
+        except AssertionError as error:
+            if "stale element" not in str(error):
+                raise
+            self.click(css)     # the page has drawn it anew meanwhile
 
     def keys(self, text, held=""):
         """Press one key after the other, for whatever has the focus."""

@@ -332,6 +332,7 @@ class Api:
         self._address = host, parts.port or self._kind.default_port
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._started = ""  # the server's start_time, when it was asked last
+        self._streams_by_path = True  # so that a proxy can send each session to the server that has it
         self._idle: list[HTTPConnection] = []  # at most one; a list, whose pop() and append() are safe between threads
 
     def chat(self, message: str, session_id: str | None = None, turn_id: str | None = None,
@@ -484,8 +485,15 @@ class Api:
             self._idle.pop().close()
 
     def _stream(self, body: dict[str, str]) -> Iterator[Event]:
-        with self._exchange("POST", "/chat/stream", body, SILENCE) as response:
-            yield from read_events(response)
+        path = path_of(body["session_id"], "/stream") if self._streams_by_path else "/chat/stream"
+        try:
+            with self._exchange("POST", path, body, SILENCE) as response:
+                yield from read_events(response)
+        except Refused as error:
+            if not self._streams_by_path or error.status not in (404, 405):
+                raise
+            self._streams_by_path = False  # an older server
+            yield from self._stream(body)
 
     def _ask(self, method: str, path: str, fields: str = "", body: dict[str, Any] | None = None,
              silence: float = REPLY_TIME) -> dict[str, Any]:
@@ -1238,7 +1246,14 @@ def leave(client: Client) -> None:
 
 def create_session(client: Client) -> None:
     """Create a new streaming chat session"""
-    session = client.api.new_session()
+    try:
+        session = client.api.new_session()
+    except Refused as error:
+        if error.status != 404:
+            raise
+        client.session = Session()  # a proxy before many servers can't tell which of them would have it
+        print(f"✨ New session {short(client.session.session_id)}: it begins with your next message.")
+        return
     client.session = Session(session["session_id"], known=True)
     client.statistics.created += 1
     print(f"✨ New session created successfully!\n   Session ID: {short(session['session_id'])}\n"

@@ -212,6 +212,8 @@ ROUTES = (
           errors="session_not_found"),
     Route("resume_stream", "GET", "/sessions/{session_id}/stream", "Follow the latest turn, to its end or live", STREAM,
           errors="invalid_field session_not_found no_turn", query="after"),
+    Route("session_stream", "POST", "/sessions/{session_id}/stream", "The same as POST /chat/stream, in this session",
+          STREAM, "message turn_id?", "session_busy turn_id_reused"),
     Route("stop_turn", "POST", "/sessions/{session_id}/stop", "Stop the running turn; what had left is kept",
           "message stopped", "turn_id?", "session_not_found"),
     Route("clear_session", "POST", "/sessions/{session_id}/clear", "Clear a session's history", "message",
@@ -1477,6 +1479,15 @@ def check_id(fields: dict[str, Any], name: str, pattern: re.Pattern = ID) -> str
     return value
 
 
+def check_session_id(request: Request) -> str | None:
+    """The session that a POST means: where its path names one, its body may only repeat that. Raises Refused."""
+    named, session_id = check_id(request.params, "session_id"), check_id(request.fields, "session_id")
+    if named and session_id not in (None, named):
+        raise Refused("invalid_field", f"The path names the session {named}, the body {session_id}. Leave session_id "
+                                       "out of the body.")
+    return named or session_id
+
+
 def check_message(fields: dict[str, Any]) -> str:
     """The message, as it was sent. Raises Refused: invalid_field."""
     message = fields.get("message")
@@ -1718,8 +1729,8 @@ class Endpoints:
         self.paths = make_paths(self.routes)
 
     def chat_stream(self, request: Request) -> Stream:
-        message = check_message(request.fields)
-        session_id, turn_id = check_id(request.fields, "session_id"), check_id(request.fields, "turn_id")
+        message, session_id = check_message(request.fields), check_session_id(request)
+        turn_id = check_id(request.fields, "turn_id")
         if turn_id and not session_id:
             raise Refused("invalid_field", "turn_id needs a session_id: it names a turn of one session.")
         try:
@@ -1728,6 +1739,8 @@ class Endpoints:
             if refused.code == "session_busy":
                 refused.detail += f" This stops it: {request.curl}/sessions/{session_id}/stop -X POST"
             raise
+
+    session_stream = chat_stream
 
     def new_session(self, request: Request) -> Reply:
         session_id, model = check_id(request.fields, "session_id"), check_id(request.fields, "model_id", MODEL_ID)

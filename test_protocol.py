@@ -662,7 +662,7 @@ With each piece of a stream that comes from the server (a line or a few; all tha
 whether the client's connection is cut, at a random byte of this piece. So who tries again gets further. Each fault is
 printed; other requests pass untouched. A client that keeps the protocol shows the same text as without the proxy, and
 its session's history has each turn once."""
-STREAM = re.compile(r"(POST /chat|GET /sessions/[^/ ]+)/stream[? ]")
+STREAM = re.compile(r"(POST /chat|(GET|POST) /sessions/[^/ ]+)/stream[? ]")
 
 
 class Fault(NamedTuple):
@@ -1527,6 +1527,17 @@ class TestTheStream:
         made = [fast.turn("Hi", session_id=session).info["created"] for session in (first, first, second)]
         assert made == [True, False, False]
 
+    def test_the_path_may_name_the_session_instead_of_the_body(self, fast):
+        session = new_id()
+        path, request = f"/sessions/{session}/stream", {"message": "Hi", "turn_id": "t"}
+        turn = fast.open("POST", path, request).check(message="Hi", session_id=session, turn_id="t")
+        assert turn.info["created"] and fast.history(session) == [("user", "Hi"), ("model", turn.text)]
+        for body in (request | {"session_id": session}, request | {"session_id": None}):
+            again = fast.open("POST", path, body).check(message="Hi", session_id=session, turn_id="t")
+            assert (again.info, again.end) == (turn.info, turn.end)
+        assert fast.turn(**request, session_id=session).info == turn.info
+        check_problem(fast.request("POST", path, request | {"message": "x"}), 409, "turn_id_reused")
+
     def test_every_turn_sees_the_messages_before_it(self, fast):
         session = new_id()
         for count in range(0, 8, 2):
@@ -2030,10 +2041,10 @@ ROUTES = [              # path, what it knows beside OPTIONS
     ("/", "GET HEAD"), ("/health", "GET HEAD"), ("/stats", "GET HEAD"), ("/openapi.json", "GET HEAD"),
     ("/demo", "GET HEAD"), ("/docs", "GET HEAD"), ("/chat/stream", "POST"), ("/sessions", "GET HEAD"),
     ("/sessions/new", "POST"), ("/sessions/{session_id}", "GET HEAD DELETE"),
-    ("/sessions/{session_id}/stream", "GET HEAD"), ("/sessions/{session_id}/stop", "POST"),
+    ("/sessions/{session_id}/stream", "GET HEAD POST"), ("/sessions/{session_id}/stop", "POST"),
     ("/sessions/{session_id}/clear", "POST"),
 ]
-STREAMS = [("post", "/chat/stream"), ("get", "/sessions/{session_id}/stream")]
+STREAMS = [("post", "/chat/stream"), *((method, "/sessions/{session_id}/stream") for method in ("get", "post"))]
 HEALTH = ("status:text model:text uptime_seconds:count total_requests:count successful_requests:count "
           "failed_requests:count active_sessions:count streaming_connections:count")
 STATS = HEALTH + (" average_response_time:number? start_time:time total_sessions_created:count total_chunks:count "
@@ -2214,6 +2225,12 @@ BAD_REQUESTS = [        # name, bytes, status, code
                                                  "a\udfffb", "x" * 100_001)),
     *(chat_field("session_id", value) for value in BAD_IDS),
     *(chat_field("turn_id", value, session_id="bad-request") for value in BAD_IDS if value != "new"),
+    *((f"a path with session_id {value!r}", http_request("POST", f"/sessions/{value}/stream", body={"message": "Hi"}),
+       400, "invalid_field") for value in ("new", "x" * 65, "a%20b", "a%2fb", "a.b", "%C3%A4")),
+    ("a path and a body with two sessions", http_request(
+        "POST", "/sessions/bad-request/stream", body={"message": "Hi", "session_id": "other"}), 400, "invalid_field"),
+    ("a path with a session, no message", http_request("POST", "/sessions/bad-request/stream", body={}), 400,
+     "invalid_field"),
     ("turn_id alone", chat_request({"message": "Hi", "turn_id": "t"}), 400, "invalid_field"),
     ("turn_id with null", chat_request({"message": "Hi", "turn_id": "t", "session_id": None}), 400, "invalid_field"),
     *map(with_type, ("text/plain", "application/xml", "application/jsonx", "application/json-patch+json", "json",
@@ -4469,9 +4486,9 @@ def flood(start, piece):
 STAYS = [               # what a server does, its bytes, and what the client raises and says
     *((f"status {status}", refusal(status), "Refused", "Because I say so")
       for status in (400, 401, 403, 404, 409, 413, 500, 501)),
-    ("a refusal in HTML", refusal(404, body=b"<html>"), "Refused", "404 No"),
-    ("a refusal in nested JSON", refusal(404, body=b"[" * 60_000), "Refused", "404 No"),
-    ("a refusal whose detail is a number", refusal(404, body=b'{"detail":1,"code":2}'), "Refused", "404 No"),
+    ("a refusal in HTML", refusal(400, body=b"<html>"), "Refused", "400 No"),
+    ("a refusal in nested JSON", refusal(400, body=b"[" * 60_000), "Refused", "400 No"),
+    ("a refusal whose detail is a number", refusal(400, body=b'{"detail":1,"code":2}'), "Refused", "400 No"),
     ("a redirect", refusal(302, "Location: http://there.example/"), "Refused", "redirects to http://there.example/"),
     ("an error that stays", stream_of(*TURN[:3], line_of("error", message="No key.", retryable=False)), "TurnFailed",
      "No key"),
@@ -4528,15 +4545,17 @@ WRONG_ANSWERS = [       # what is wrong, a method of Api and its arguments, the 
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """It answers each POST /chat/stream with the next script, and other requests with their page, or 404.
+    """It answers each POST of a message with the next script, and other requests with their page, or 404.
 
-    A script is bytes, after which the connection ends, or a function of the connection.
+    A script is bytes, after which the connection ends, or a function of the connection. An old server has no path for
+    a session's messages.
     """
 
     daemon_threads = True       # nobody waits for a script that waits
 
-    def __init__(self, *scripts, pages=()):
+    def __init__(self, *scripts, pages=(), old=False):
         super().__init__(("127.0.0.1", 0), ScriptedHandler)
+        self.stream = re.compile("/chat/stream" if old else "/sessions/[^/]+/stream")
         self.scripts, self.pages, self.posts, self.left = iter(scripts), dict(pages), [], 0
         self.url = "http://{}:{}".format(*self.server_address)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -4553,7 +4572,7 @@ class ScriptedHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         script = self.server.pages.get(self.path, refusal(404))
-        if self.path == "/chat/stream":
+        if self.command == "POST" and self.server.stream.fullmatch(self.path):
             self.server.posts.append(json.loads(body))
             script = next(self.server.scripts)
         try:
@@ -4653,6 +4672,10 @@ class TestClientLibrary:
             assert len(server.posts) == 9
         for seconds, longest in zip(chat.pauses, [0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
             assert longest / 2 <= seconds <= longest
+
+    def test_an_old_server_has_no_path_for_the_messages_of_a_session(self, library):
+        with ScriptedServer(stream_of(*TURN), old=True) as server:
+            assert Chat(library, server.url).text == "".join(WORDS)
 
     def test_a_new_chunk_is_progress_and_another_run_that_comes_no_further_is_none(self, library):
         def cut_after(chunks, run=INFO):
@@ -5976,7 +5999,7 @@ class TestThePageShowsTheWire:
         assert "".join(line + "\n" for line in lines).encode() == b"".join(server.follow(session).read().lines)
         assert kinds[:2] == ("request", "response") and "ping" in kinds
         first, body = raws[0].split("\n")
-        assert first == "POST /chat/stream HTTP/1.1" and json.loads(body)["message"] == TEXT
+        assert first == f"POST /sessions/{session}/stream HTTP/1.1" and json.loads(body)["message"] == TEXT
         assert raws[1].startswith("HTTP 200 OK\n") and "\ncontent-type: application/x-ndjson" in raws[1]
         lengths = [len(raw) + 1 if kind in EVENTS else 0 for kind, raw in zip(kinds, raws, strict=True)]
         assert list(sizes) == [f"{length} ({length:x})" if length else "" for length in lengths]
@@ -6030,7 +6053,7 @@ class TestThePageShowsTheWire:
             browser.wait(f'document.querySelectorAll("[data-type=complete]").length === 2 && {WIRE_IS_WHOLE}')
             assert server.history(session) == history and answer_shown(browser) == history[1][1]
             asked = [raw.split(" HTTP/1.1")[0] for kind, *_, raw in browser.run(WIRE) if kind == "request"]
-        assert asked[:1] + asked[2:] == ["POST /chat/stream"] * 3
+        assert asked[:1] + asked[2:] == [f"POST /sessions/{session}/stream"] * 3
         assert int(asked[1].removeprefix(f"GET /sessions/{session}/stream?after=")) > 5
         assert server.stats()["total_requests"] == 1
 
@@ -6146,7 +6169,8 @@ class TestThePageShowsTheApi:
             browser.run('sessionStorage.setItem("token", args[0]);', TOKEN)
             browser.wait('document.querySelector("#operations > .operation")')
             for _, name, _ in all_of_them:
-                values = {"session_id": session, "after": "1", "body": turn if name == "post-chat-stream" else "{\t}"}
+                body = turn if re.fullmatch("post-.*-stream", name) else "{\t}"
+                values = {"session_id": session, "after": "1", "body": body}
                 status, headers, body = browser.run(TRY, name, values, True)
                 assert re.fullmatch(r"200 OK . head after \d+\.\d{3} s . all after \d+\.\d{3} s", status), name
                 assert re.search("(?mi)^content-type: .*(json|html)", headers), name
@@ -6220,7 +6244,7 @@ for (const steps of cases) {
   let body, turn_id, text = "";
   const stream = new ReadableStream({start(controller) { body = controller; }}), wrong = [];
   window.fetch = async (url, options) => {
-    if (new URL(url, location).pathname !== "/chat/stream") return fetch(url, options);
+    if (options?.method !== "POST") return fetch(url, options);
     ({turn_id} = JSON.parse(options.body));
     return new Response(stream);
   };

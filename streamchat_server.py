@@ -307,6 +307,18 @@ class Message(NamedTuple):
     turn_id: str
 
 
+class PastTurn(NamedTuple):
+    """A turn as the history keeps it: enough to stream it again when its log is gone."""
+
+    turn_id: str
+    message: str
+    sent: str  # timestamp
+    answer: str
+    answered: str  # timestamp
+    finish: Finish
+    processing_time: float  # seconds
+
+
 Outcome = Finish | TurnError
 Model = Callable[[list[Message]], Iterator["str | Finish"]]
 
@@ -325,6 +337,7 @@ class Settings(NamedTuple):
     allow_origin: Collection[str] = ()  # beside the server's own
     max_connections: int = 1000  # each has a thread, which takes some 30 KB while it waits
     log: str = "full"
+    db: str | None = None  # None: sessions live in memory
 
 
 # ---- wire: event -> line -> transfer chunk. It knows no turns. -------------------------------------------------------
@@ -401,7 +414,7 @@ class Turn:
         self.texts: list[str] = []  # of each chunk
         self.held: tuple[str, int] | None = None  # text and moment of the last chunk, held for the end
         self.terminal = b""  # the terminal event's line
-        self.finish: Finish | None = None  # of a complete turn
+        self.past: PastTurn | None = None  # what the history gains
         self.ended, self.processing_time = 0, 0.0
         self.heard: int | None = self.started  # the model's last sign of life; None when it is done
         self.readers = 0
@@ -418,11 +431,6 @@ class Turn:
     @property
     def answer(self) -> str:
         return "".join(self.texts)
-
-    @property
-    def kept(self) -> bool:
-        """Whether the history gains it: it completed, and was not stopped before its first word."""
-        return self.finish is not None and (self.answer != "" or self.finish.reason != "cancelled")
 
     def stamp(self, moment: int) -> str:
         return stamp(self.epoch + moment)
@@ -478,31 +486,41 @@ class Turn:
             while self.running and (rest := last - clock()) > 0:
                 self.changed.wait(min(rest / 1e6, threading.TIMEOUT_MAX))
 
-    def end(self, outcome: Outcome, processing_time: float | None = None) -> bool:
-        """End the log: what has not left is cut off, and the terminal event follows. False where it had ended."""
-        with self.changed:
-            if not self.running:
-                return False
-            self.ended = now = clock()
-            self.processing_time = (now - self.started) / 1e6 if processing_time is None else processing_time
-            ready = bisect_right(self.moments, now)
-            del self.lines[ready:], self.moments[ready:], self.texts[ready - OPENING :]
-            event: dict[str, Any] = self._complete(outcome) if isinstance(outcome, Finish) else {
-                "type": "error", "code": outcome.code, "message": outcome.text,
-                "retryable": STREAM_ERRORS[outcome.code][0]}
-            self._step(event["type"])
-            self.terminal = encode(**event, session_id=self.session_id, turn_id=self.turn_id, timestamp=self.stamp(now))
-            self.changed.notify_all()
-            return True
+    def close(self, outcome: Outcome) -> PastTurn | None:
+        """Cut off what has not left; a stop comes before what is held, too. What the history gains by this end, which
+        must follow before the lock is released. (The lock is held.)"""
+        self.ended = clock()
+        self.processing_time = (self.ended - self.started) / 1e6
+        ready = bisect_right(self.moments, self.ended)
+        del self.lines[ready:], self.moments[ready:], self.texts[ready - OPENING :]
+        if not isinstance(outcome, Finish):
+            return None
+        if outcome.reason == "cancelled":
+            self.held = None
+        answer = self.answer + (self.held[0] if self.held else "")
+        if outcome.reason != "cancelled" or answer:
+            self.past = PastTurn(self.turn_id, self.message, self.stamp(self.started), answer, self.stamp(self.ended),
+                                 outcome, self.processing_time)
+        return self.past
+
+    def end(self, outcome: Outcome) -> None:
+        """Add the terminal event to a log that was closed. (The lock is held.)"""
+        event: dict[str, Any] = self._complete(outcome) if isinstance(outcome, Finish) else {
+            "type": "error", "code": outcome.code, "message": outcome.text,
+            "retryable": STREAM_ERRORS[outcome.code][0]}
+        self._step(event["type"])
+        self.terminal = encode(**event, session_id=self.session_id, turn_id=self.turn_id,
+                               timestamp=self.stamp(self.ended))
+        self.changed.notify_all()
 
     def _complete(self, finish: Finish) -> dict[str, Any]:
-        """Add the final chunk. A stop comes before what is held, and cuts it off too."""
-        self.finish = finish
-        text, moment = self.held if self.held and finish.reason != "cancelled" else ("", self.ended)
+        """Add the final chunk."""
+        text, moment = self.held or ("", self.ended)
         self._step("chunk")
         self._append_chunk(text, moment, is_final=True)
+        count = self.context_messages + 2 * (self.past is not None)
         return {"type": "complete", "finish_reason": finish.reason, "total_chunks": len(self.texts),
-                "processing_time": self.processing_time, "message_count": self.context_messages + 2 * self.kept,
+                "processing_time": self.processing_time, "message_count": count,
                 **({"usage": finish.usage} if finish.usage else {})}
 
     def follow(self, after: int = 0, heartbeat: float = 10) -> Generator[list[bytes], None, None]:
@@ -578,19 +596,204 @@ def run_turn(turn: Turn, model: Model, history: list[Message], words: int,
     end(turn, outcome)
 
 
+# ---- database: what --db keeps, in a file of SQLite. It knows no HTTP, and nothing of turns that run. ---------------
+
+APPLICATION_ID = int.from_bytes(b"SCht", "big")  # in the file's header: whose it is
+SCHEMA_VERSION = 1  # in its user_version; a file of a later one is left alone
+SCHEMA = (  # a turn is one row, so there never is half of one. Times are microseconds since 1970, but for timestamps.
+    "CREATE TABLE sessions (key INTEGER PRIMARY KEY, session_id TEXT UNIQUE, model TEXT, created_at INTEGER, "
+    "last_activity INTEGER, turns INTEGER)",
+    "CREATE TABLE turns (session INTEGER, number INTEGER, turn_id TEXT, message TEXT, sent TEXT, answer TEXT, "
+    "answered TEXT, finish_reason TEXT, usage TEXT, processing_time REAL, PRIMARY KEY (session, number)) WITHOUT ROWID",
+)
+
+
+class DatabaseError(Exception):
+    """Why the file of --db can't be opened, read or written, as a sentence. Nothing has changed then."""
+
+
+class StoredHistory:
+    """A session's history in the database: read when it is needed, and not kept in memory. Raises DatabaseError."""
+
+    __slots__ = ("database", "key", "length")
+
+    def __init__(self, database: Database, key: int, length: int) -> None:
+        self.database, self.key, self.length = database, key, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[PastTurn]:
+        rows = self.database.read("SELECT turn_id, message, sent, answer, answered, finish_reason, usage, "
+                                  "processing_time FROM turns WHERE session = ? ORDER BY number", self.key)
+        if len(rows) != self.length:
+            raise DatabaseError(f"{self.database.path} is damaged: {len(rows)} of {self.length} turns were found")
+        for turn_id, message, sent, answer, answered, reason, usage, seconds in rows:
+            finish = Finish(reason, usage and json.loads(usage))
+            yield PastTurn(turn_id, message, sent, answer, answered, finish, seconds)
+
+    def append(self, turn: PastTurn) -> None:
+        *texts, finish, seconds = turn
+        row = (self.key, self.length + 1, *texts, finish.reason, finish.usage and json.dumps(finish.usage), seconds)
+        with self.database.writing() as write:
+            write("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            write("UPDATE sessions SET turns = ?, last_activity = ? WHERE key = ?",
+                  (self.length + 1, wall_clock(), self.key))
+        self.length += 1
+
+    def clear(self) -> None:
+        with self.database.writing() as write:
+            write("DELETE FROM turns WHERE session = ?", (self.key,))
+            write("UPDATE sessions SET turns = 0, last_activity = ? WHERE key = ?", (wall_clock(), self.key))
+        self.length = 0
+
+    def delete(self) -> None:
+        """The session, too."""
+        with self.database.writing() as write:
+            write("DELETE FROM turns WHERE session = ?", (self.key,))
+            write("DELETE FROM sessions WHERE key = ?", (self.key,))
+
+
+class Database:
+    """The file of --db. One server has it at a time; other programs may read it meanwhile."""
+
+    def __init__(self, file: str) -> None:
+        """Raises DatabaseError, and has not changed a file of others, or a damaged one, then."""
+        self.path = Path(file).resolve()
+        self.writes, self.reads = threading.Lock(), threading.Lock()  # who reads does not wait for the disk
+        self.places: dict[str, tuple[int, int]] = {}
+        with usable(self.path):
+            check_database(self.path)
+            self.owner = connect(f"{self.path}-lock")  # a file of its own, so that other programs can read this one
+            self.owner.execute("PRAGMA journal_mode = MEMORY")  # which makes no other file
+            self.owner.execute("BEGIN EXCLUSIVE")  # ends with the process, however that ends
+            if not self.path.exists():
+                self.path.touch(0o600)
+            self.writer, self.reader = connect(self.path), connect(self.path)
+            self._prepare()
+
+    def _prepare(self) -> None:
+        self.writer.execute("PRAGMA synchronous = FULL")
+        [mode] = self.writer.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise OSError("its file system can't share memory between programs, which SQLite's WAL needs")
+        with self.writing() as write:  # which also tells whether it can be written
+            if not write("SELECT 1 FROM sqlite_master").fetchone():
+                for statement in (*SCHEMA, f"PRAGMA application_id = {APPLICATION_ID}",
+                                  f"PRAGMA user_version = {SCHEMA_VERSION}"):
+                    write(statement)
+        self.places = {path: identity(path) for path in (f"{self.path}", f"{self.path}-wal")}
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[..., Any]]:
+        """A transaction, for the function given to execute statements in. When it is left, it is on disk. Raises
+        DatabaseError."""
+        with usable(self.path), self.writes:
+            self.writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.writer.execute
+                self._check_places()
+                self.writer.execute("COMMIT")
+            except BaseException:
+                if self.writer.in_transaction:
+                    self.writer.execute("ROLLBACK")
+                raise
+
+    def _check_places(self) -> None:
+        """SQLite would go on to write to a file that was taken away, and nobody would find it again."""
+        for path, known in self.places.items():
+            if identity(path) != known:
+                raise OSError(f"{path} is another file by now")
+
+    def read(self, query: str, *values: Any) -> list[tuple]:
+        """All rows. Raises DatabaseError."""
+        with usable(self.path), self.reads:
+            return self.reader.execute(query, values).fetchall()
+
+    def add(self, session_id: str, model: str, created_at: int) -> StoredHistory:
+        """A new session. Raises DatabaseError."""
+        with self.writing() as write:
+            row = (session_id, model, created_at, created_at)
+            key = write("INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, 0)", row).lastrowid
+        return StoredHistory(self, key, 0)
+
+    def sessions(self) -> list[tuple[str, str, int, int, StoredHistory]]:
+        """What a Session is made of, for each. Raises DatabaseError."""
+        rows = self.read("SELECT session_id, model, created_at, last_activity, key, turns FROM sessions")
+        return [(*facts, StoredHistory(self, key, turns)) for *facts, key, turns in rows]
+
+    def close(self) -> None:
+        with self.writes, self.reads:
+            for connection in (self.reader, self.writer, self.owner):  # the last but one tidies up FILE-wal
+                connection.close()
+
+
+History = list[PastTurn] | StoredHistory
+
+
+def connect(path: Path | str) -> Any:
+    """A connection of SQLite for many threads, where a statement by itself is a transaction. Raises sqlite3.Error."""
+    import sqlite3  # not needed without --db, and some builds of Python lack it
+
+    return sqlite3.connect(path, timeout=1, isolation_level=None, check_same_thread=False)
+
+
+@contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """What goes wrong with the file, as DatabaseError."""
+    import sqlite3
+
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        reason = "another server uses it" if "locked" in str(error) else getattr(error, "strerror", None) or error
+        raise DatabaseError(f"cannot use {path}: {reason}") from None
+
+
+def identity(path: str) -> tuple[int, int]:
+    """What stays the same of a file under another name. Raises OSError."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def check_database(path: Path) -> None:
+    """Whether the file is a database of this program, or none yet. It is only read: SQLite would mend, or change, what
+    is not ours. Raises sqlite3.Error, OSError."""
+    import sqlite3
+
+    log = Path(f"{path}-wal")
+    has_log = log.exists() and log.stat().st_size > 0
+    if not path.exists() or path.is_file() and not path.stat().st_size:
+        if has_log:
+            raise OSError(f"it is empty, but {log.name} beside it is not: the file was taken away")
+        return
+    if not path.is_file():
+        raise OSError("it is no file")
+    # Without a log nobody writes to it: then it is read as it is, and SQLite makes no files beside it.
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable={int(not has_log)}", uri=True)) as file:
+        application, version, page = (file.execute(f"PRAGMA {name}").fetchone()[0]
+                                      for name in ("application_id", "user_version", "page_size"))
+        schema = [sql for [sql] in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
+    if not schema and not application:
+        return  # nobody's yet
+    if application != APPLICATION_ID:
+        raise OSError("it belongs to another program")
+    if version > SCHEMA_VERSION:
+        raise OSError(f"a newer version of this program made it (its schema is {version}, not {SCHEMA_VERSION})")
+    if tuple(schema) != SCHEMA or path.stat().st_size % page:
+        raise OSError("it is damaged: its schema or its end is not as it was written")
+
+
 # ---- sessions: what is remembered, and who may begin a turn. It knows no sockets and nothing of a model's inside. ----
 
 
-class PastTurn(NamedTuple):
-    """A turn as the history keeps it: enough to stream it again when its log is gone."""
-
-    turn_id: str
-    message: str
-    sent: str  # timestamp
-    answer: str
-    answered: str  # timestamp
-    finish: Finish
-    processing_time: float  # seconds
+def messages(history: Iterable[PastTurn]) -> list[Message]:
+    """Two for each turn."""
+    return [
+        Message(*message, turn.turn_id)
+        for turn in history
+        for message in (("user", turn.message, turn.sent), ("model", turn.answer, turn.answered))
+    ]
 
 
 def new_id() -> str:
@@ -605,35 +808,37 @@ class Session:
     Sessions changes it, and holds the lock.
     """
 
-    def __init__(self, session_id: str, model: str) -> None:
-        self.session_id, self.model = session_id, model
-        self.changed = threading.Condition()
-        self.created_at = self.last_activity = wall_clock()
-        self.history: list[PastTurn] = []
+    __slots__ = ("_changed", "created_at", "deleted", "history", "last_activity", "latest", "model", "session_id",
+                 "unclaimed")
+    making = threading.Lock()
+
+    def __init__(self, session_id: str, model: str, created_at: int, last_activity: int, history: History) -> None:
+        self.session_id, self.model, self.history = session_id, model, history
+        self.created_at, self.last_activity = created_at, last_activity  # microseconds of wall_clock()
         self.latest: Turn | None = None  # while it runs, and while its log is kept
         self.unclaimed = False  # made by a POST, and no turn has begun; of two POSTs at once either may begin it
         self.deleted = False
+        self._changed: threading.Condition | None = None
+
+    @property
+    def changed(self) -> threading.Condition:
+        """Made when it is first needed. It is most of a session, and most sessions of a file are not."""
+        with self.making:
+            self._changed = self._changed or threading.Condition()
+        return self._changed
 
     @property
     def running_turn(self) -> Turn | None:
         return self.latest if self.latest and self.latest.running else None
 
-    def messages(self) -> list[Message]:
-        """The history. (The lock is held.)"""
-        return [
-            Message(*message, turn.turn_id)
-            for turn in self.history
-            for message in (("user", turn.message, turn.sent), ("model", turn.answer, turn.answered))
-        ]
-
-    def known_turn(self, turn_id: str | None, message: str) -> Turn | PastTurn | None:
-        """The turn that a POST with this turn_id repeats. A failed one is free for another run and any message."""
+    def known_turn(self, turns: list[PastTurn], turn_id: str | None, message: str) -> Turn | PastTurn | None:
+        """The turn that a POST with this turn_id repeats, of those in the history and the latest one. A failed one is
+        free for another run and any message. Raises Refused: turn_id_reused."""
         if turn_id is None:
             return None
-        turns: list[Turn | PastTurn] = [*self.history]
-        if self.latest and self.latest.state != "failed":
-            turns.append(self.latest)
-        known = next((turn for turn in reversed(turns) if turn.turn_id == turn_id), None)
+        known: Turn | PastTurn | None = next((turn for turn in reversed(turns) if turn.turn_id == turn_id), None)
+        if self.latest and self.latest.turn_id == turn_id and self.latest.state != "failed":
+            known = self.latest
         if known and known.message != message:
             raise Refused("turn_id_reused", f"The turn {turn_id} has another message. Take a new turn_id.")
         return known
@@ -644,9 +849,8 @@ class Session:
                 "streaming": self.running_turn is not None}
 
     def summary(self) -> dict[str, Any]:
-        """One entry of GET /sessions."""
-        with self.changed:
-            return {**self._facts(), "duration_minutes": round((wall_clock() - self.created_at) / 60e6, 2)}
+        """One entry of GET /sessions. (Without the lock: an end changes the history first and *streaming* last.)"""
+        return {**self._facts(), "duration_minutes": round((wall_clock() - self.created_at) / 60e6, 2)}
 
     def details(self) -> dict[str, Any]:
         """The answer of GET /sessions/{session_id}."""
@@ -657,7 +861,7 @@ class Session:
                 "user_messages": len(self.history),
                 "model_messages": len(self.history),
                 "session_duration_seconds": round((wall_clock() - self.created_at) / 1e6, 3),
-                "messages": [message._asdict() for message in self.messages()],
+                "messages": [message._asdict() for message in messages(self.history)],
                 "latest_turn": turn and {"turn_id": turn.turn_id, "state": turn.state, "message": turn.message,
                                          "started": turn.stamp(turn.started), "chunks": turn.chunks()},
             }
@@ -731,19 +935,21 @@ class Counters:
 class Sessions:
     """The lock-guarded dict of all sessions. Its lock is never held while a session's lock is waited for."""
 
-    def __init__(self, settings: Settings, console: Console, load: Callable[[str], Model]) -> None:
-        self.settings, self.console, self.load = settings, console, load
+    def __init__(self, settings: Settings, console: Console, load: Callable[[str], Model],
+                 database: Database | None) -> None:
+        """Raises DatabaseError."""
+        self.settings, self.console, self.load, self.database = settings, console, load, database
         self.counters = Counters()
         self.lock = threading.Lock()
-        self.sessions: dict[str, Session] = {}
+        self.sessions = {row[0]: Session(*row) for row in database.sessions()} if database else {}
         self.closing = False  # when true, no session is made and no turn begun
 
     def __len__(self) -> int:
         return len(self.sessions)
 
     def all(self) -> list[Session]:
-        with self.lock:
-            return list(self.sessions.values())
+        """Without the lock, which is held while a session is written to a disk."""
+        return list(self.sessions.values())
 
     def get(self, session_id: str) -> Session:
         """One look into a dict needs no lock. Raises Refused."""
@@ -752,7 +958,7 @@ class Sessions:
         return session
 
     def create(self, session_id: str, model: str) -> Session:
-        """A new session. Raises Refused: session_exists, overloaded."""
+        """A new session. Raises Refused: session_exists, overloaded. Raises DatabaseError."""
         with self.lock:
             if session_id in self.sessions:
                 raise Refused("session_exists", f"The session {session_id} is there already. Take another session_id.")
@@ -762,7 +968,9 @@ class Sessions:
         self._check_open()
         if len(self.sessions) >= LIMITS["sessions"]:
             raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one that you do not need.")
-        session = self.sessions[session_id] = Session(session_id, model)
+        now = wall_clock()
+        history: History = self.database.add(session_id, model, now) if self.database else []
+        session = self.sessions[session_id] = Session(session_id, model, now, now, history)
         self.counters.sessions_created += 1
         return session
 
@@ -786,16 +994,17 @@ class Sessions:
     def begin(self, message: str, session_id: str, turn_id: str | None, client: str) -> Turn:
         """The turn that a POST follows: a running or complete one that it repeats, or a new one.
 
-        Raises Refused: turn_id_reused, session_busy, and overloaded (sessions, turns, or shutting down).
+        Raises Refused: turn_id_reused, session_busy, and overloaded (sessions, turns, or shutting down); DatabaseError.
         """
         while True:
             session = self._get_or_add(session_id)
             with session.changed:
                 if session.deleted:  # between the look-up and the lock
                     continue
-                known = session.known_turn(turn_id, message)
+                turns = list(session.history)
+                known = session.known_turn(turns, turn_id, message)
                 if isinstance(known, PastTurn):
-                    return self._replay(session, known)
+                    return self._replay(session, known, 2 * turns.index(known))
                 if known:
                     return known
                 if session.running_turn:
@@ -803,7 +1012,7 @@ class Sessions:
                 self._check_open()
                 self._check_turns()
                 turn = self._new_turn(session, message, turn_id, client)
-                history = [*session.messages(), Message("user", message, turn.stamp(turn.started), turn.turn_id)]
+                history = [*messages(turns), Message("user", message, turn.stamp(turn.started), turn.turn_id)]
             self._start(session, turn, history)
             return turn
 
@@ -825,28 +1034,35 @@ class Sessions:
             failure.__cause__ = error
             self.end(session, turn, failure)
 
-    def _replay(self, session: Session, past: PastTurn) -> Turn:
-        """A turn whose log is gone, made again from the history, without pace."""
-        turn = Turn(session, past.turn_id, past.message, 2 * session.history.index(past))
+    def _replay(self, session: Session, past: PastTurn, context_messages: int) -> Turn:
+        """A turn whose log is gone, made again from the history, without pace. (The lock is held.)"""
+        turn = Turn(session, past.turn_id, past.message, context_messages)
         texts = list(cut(past.answer, self.settings.chunk_words))
         last = texts.pop() if texts and past.finish.reason != "cancelled" else None
         turn.add(texts)
         turn.held = (last, clock()) if last else None
-        turn.end(past.finish, past.processing_time)
+        turn.close(past.finish)
+        turn.processing_time = past.processing_time
+        turn.end(past.finish)
         return turn
 
     def end(self, session: Session, turn: Turn, outcome: Outcome) -> bool:
         """The end of a turn, in one step: last chunk, terminal event, history, counters and the end of busy.
 
+        It is in the history, and on the disk, before anybody can read that it is complete; where it can't be, it fails.
         False where it had ended: the first of completion, failure, stop, window, clear, delete and shutdown wins.
         """
         with session.changed:
-            if not turn.end(outcome):
+            if not turn.running:
                 return False
-            if turn.kept:
-                session.history.append(PastTurn(
-                    turn.turn_id, turn.message, turn.stamp(turn.started), turn.answer, turn.stamp(turn.ended),
-                    turn.finish, turn.processing_time))  # type: ignore[arg-type]  # a kept turn has one
+            if past := turn.close(outcome):
+                try:
+                    session.history.append(past)
+                except DatabaseError as error:
+                    outcome = TurnError("internal_error")
+                    self.console.log("database_failed", session=turn.session_id, turn=turn.turn_id,
+                                     error=str(error))
+            turn.end(outcome)
             session.last_activity = wall_clock()
             self.counters.end(turn)
             self._log_end(turn, outcome)
@@ -884,19 +1100,21 @@ class Sessions:
             self.end(session, turn, TurnError(code))
 
     def clear(self, session_id: str) -> None:
-        """Forget the history, and end a running turn first. Raises Refused: session_not_found."""
+        """Forget the history, and end a running turn. Raises Refused: session_not_found; DatabaseError."""
         session = self.get(session_id)
         with session.changed:
+            session.history.clear()
             self._abort(session, "session_cleared")
-            session.history, session.latest = [], None
-            session.last_activity = wall_clock()
+            session.latest, session.last_activity = None, wall_clock()
 
     def delete(self, session_id: str) -> None:
-        """Forget the session; a POST that holds it already makes a new one. Raises Refused: session_not_found."""
+        """Forget the session; a POST that holds it already makes a new one. Raises as clear() does."""
         session = self.get(session_id)
         with session.changed:
             if session.deleted:  # between the look-up and the lock
                 return self.delete(session_id)
+            if isinstance(session.history, StoredHistory):
+                session.history.delete()
             session.deleted = True
             self._abort(session, "session_deleted")
             with self.lock:  # not sooner: a new session with this id could have a turn at the same time
@@ -1976,6 +2194,9 @@ class Handler(BaseRequestHandler):
             self.server.console.log("refused", client=self.client_address[0], status=refused.status, code=refused.code,
                                     request=self.request_line()[:100])
             return problem(refused)
+        except DatabaseError as error:
+            self.server.console.log("database_failed", request=self.request_line()[:100], error=str(error))
+            return problem(Refused("internal_error", STREAM_ERRORS["internal_error"][1]))
         except OSError:
             raise
         except Exception as error:
@@ -2138,11 +2359,12 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, settings: Settings) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.settings, self.closed = settings, threading.Event()
+        self.database = None if settings.db is None else Database(settings.db)
         self.connections: set[socket.socket] = set()
         self.turned_away: deque[tuple[float, socket.socket]] = deque()  # when, and what is to be closed
         super().__init__((host, port), Handler)
         self.console = Console(settings.log)
-        self.sessions = Sessions(settings, self.console, load_model)
+        self.sessions = Sessions(settings, self.console, load_model, self.database)
         self.endpoints = Endpoints(settings, self.sessions, self.console)
 
     @property
@@ -2261,6 +2483,7 @@ def parse_arguments() -> argparse.Namespace:
            help="seconds that a turn goes on without readers, and that a log is kept after its end")
     option("--heartbeat", metavar="S", type=between(float, 0, 15, open_low=True), default=defaults.heartbeat,
            help="seconds of silence after which a reader gets a ping")
+    option("--db", metavar="FILE", help="keep sessions in this file, which is made where there is none")
     option("--debug", action="store_true", help="serve /debug")
     option("--token", metavar="T", type=shaped(r"[!-~]+", "printable ASCII without spaces"),
            default=os.environ.get("STREAMCHAT_TOKEN") or None,  # in no characters (.0), since --help is no place for it
@@ -2288,6 +2511,8 @@ def main() -> int:
     sys.setswitchinterval(0.05)  # seconds; with many streams, shorter turns of the interpreter are mostly changes
     try:
         server = make_server(host, port, Settings(**arguments))
+    except DatabaseError as error:
+        return fail(str(error))
     except (OSError, UnicodeError) as error:
         return fail(f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}")
     serve_until_signal(server)
@@ -2336,6 +2561,8 @@ def serve_until_signal(server: Server) -> None:
     server.shutdown()
     server.server_close()
     server.sessions.close()
+    if server.database:
+        server.database.close()
 
 
 def greet(server: Server) -> None:
@@ -2347,6 +2574,7 @@ def greet(server: Server) -> None:
             "Framework": FRAMEWORK,
             "Multi-turn": "ENABLED",
             "Streaming": "CHUNKED HTTP",
+            **({"Sessions": f"{len(server.sessions)} in {settings.db}"} if settings.db else {}),
             "Status": "READY",
         }))
         console.print(f"Try: curl -N -d '{{\"message\":\"Hello\"}}' {server.url}/chat/stream")

@@ -94,11 +94,13 @@ from itertools import chain, islice
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from queue import Full, Queue
-from socketserver import BaseRequestHandler, TCPServer
+from socketserver import BaseRequestHandler
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, unquote
 
+PROGRAM = Path(__file__).resolve()
+PAGE = PROGRAM.with_name("demo.html")
 VERSION = "1.0"
 FRAMEWORK = "Python http.server + HTTP Streaming"
 
@@ -2019,10 +2021,9 @@ class Endpoints:
         return reply_cached(request, reply_json(describe(self.routes)))
 
     def demo(self, request: Request) -> Reply:
-        page = Path(__file__).with_name("demo.html")
-        if not page.is_file():
+        if not PAGE.is_file():
             raise Refused("not_found", "The page is the file demo.html, and it is not beside streamchat_server.py.")
-        html = page.read_text("utf-8")  # newlines as browsers hash them, also where a checkout made them CRLF
+        html = PAGE.read_text("utf-8")  # newlines as browsers hash them, also where a checkout made them CRLF
         headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": content_security_policy(html)}
         return reply_cached(request, Reply(200, headers, html.encode()))
 
@@ -2352,17 +2353,16 @@ class Server(ThreadingHTTPServer):
     """A server that is bound and listens; `serve_forever()` serves."""
 
     daemon_threads = True
-    request_queue_size = 1024  # a burst of connections waits; with the default of 5 most of 1,000 would fail
-    allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
-    allow_reuse_port = False
 
-    def __init__(self, host: str, port: int, settings: Settings) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    def __init__(self, listening: socket.socket, settings: Settings) -> None:
+        """Raises DatabaseError."""
         self.settings, self.closed = settings, threading.Event()
         self.database = None if settings.db is None else Database(settings.db)
         self.connections: set[socket.socket] = set()
         self.turned_away: deque[tuple[float, socket.socket]] = deque()  # when, and what is to be closed
-        super().__init__((host, port), Handler)
+        super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
+        self.socket.close()  # the one that it made
+        self.socket = listening
         self.console = Console(settings.log)
         self.sessions = Sessions(settings, self.console, load_model, self.database)
         self.endpoints = Endpoints(settings, self.sessions, self.console)
@@ -2371,9 +2371,6 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # http.server's own asks the resolver for this machine's name
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -2434,12 +2431,101 @@ class Server(ThreadingHTTPServer):
             self.console.crash(error)
 
 
+# ---- reload: a supervisor has the socket, and a worker at a time serves. It knows nothing of what that does. ---------
+
+
+class Watch:
+    """Notices that a file of the program has changed."""
+
+    def __init__(self) -> None:
+        self.seen = self.last = self.look()
+
+    def look(self) -> list[tuple[int, int] | None]:
+        return [(path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None for path in (PROGRAM, PAGE)]
+
+    def has_news(self) -> bool:
+        """Whether there is a new program, or page, to start. A program that can't be compiled is shown, and is none."""
+        now, before = self.look(), self.last
+        self.last = now
+        if now == self.seen or now != before or not now[0]:  # while a file is written, it changes on
+            return False
+        self.seen = now
+        try:
+            compile(PROGRAM.read_bytes(), PROGRAM, "exec")
+        except (SyntaxError, ValueError) as error:
+            say("".join(traceback.format_exception_only(error)) + "The server that runs is still the one before.")
+            return False
+        say("A file has changed. The server starts anew.")
+        return True
+
+
+def say(text: str) -> None:
+    """What the supervisor has to tell."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def supervise(listening: socket.socket, db: str | None) -> int:
+    """Serve in a process of its own, and in another one when a file has changed. The socket stays open here, so that
+    meanwhile connections wait, and none is refused. The exit status: 2 where the first one cannot start."""
+    from multiprocessing import get_context  # not needed without --reload
+    from tempfile import TemporaryDirectory
+
+    context, signals, watch, starts = get_context("spawn"), note_signals(), Watch(), 0
+    with TemporaryDirectory(prefix="streamchat-") as folder:
+        while not signals:
+            asked, ask = context.Pipe(duplex=False)
+            worker = context.Process(target=work, args=(listening, db or f"{folder}/sessions.db", asked))
+            worker.start()
+            asked.close()
+            starts, news = starts + 1, False
+            while not (signals or news) and worker.is_alive():
+                time.sleep(0.25)
+                news = watch.has_news()
+            ask.close()
+            worker.join()
+            if worker.exitcode == 2 and starts == 1:
+                return 2
+            if worker.exitcode and worker.exitcode > 0:  # else it was told to end, or killed
+                say(f"The server ended with status {worker.exitcode}. It starts again when a file changes.")
+                while not (signals or news):
+                    time.sleep(0.25)
+                    news = watch.has_news()
+    return 0
+
+
+def work(listening: socket.socket, db: str, asked: Any) -> None:
+    """Serve, in a new process with the program of now, until the supervisor closes its end of a pipe, or is no more."""
+    def is_over() -> bool:
+        try:
+            return asked.poll()
+        except OSError:  # how Windows says that the other end is closed
+            return True
+
+    *_, settings = prepare()
+    try:
+        server = Server(listening, settings._replace(db=db))
+    except DatabaseError as error:
+        sys.exit(fail(str(error)))
+    serve(server, note_signals(), is_over)
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises OSError, UnicodeError."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if os.name != "nt":  # there it would let two servers share a port
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind((host, port))
+    listening.listen(1024)  # a burst of connections waits; with socketserver's 5 most of 1,000 would fail
+    return listening
+
+
 def make_server(host: str = "127.0.0.1", port: int = 8000, settings: Settings | None = None) -> Server:
-    """A server that is bound but does not serve yet, so that with port 0 its `url` is known first. Raises OSError."""
-    return Server(host, port, settings or Settings())
+    """A server that listens but does not serve yet, so that with port 0 its `url` is known first. Raises OSError,
+    DatabaseError."""
+    return Server(listen(host, port), settings or Settings())
 
 
 def between(kind: type, low: float, high: float, open_low: bool = False) -> Callable[[str], Any]:
@@ -2484,6 +2570,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--heartbeat", metavar="S", type=between(float, 0, 15, open_low=True), default=defaults.heartbeat,
            help="seconds of silence after which a reader gets a ping")
     option("--db", metavar="FILE", help="keep sessions in this file, which is made where there is none")
+    option("--reload", action="store_true",
+           help="start anew, with the same sessions, when the server's file or the page's changes")
     option("--debug", action="store_true", help="serve /debug")
     option("--token", metavar="T", type=shaped(r"[!-~]+", "printable ASCII without spaces"),
            default=os.environ.get("STREAMCHAT_TOKEN") or None,  # in no characters (.0), since --help is no place for it
@@ -2499,26 +2587,28 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """The exit status: 2 where the server cannot start; after a signal the program ends here, with 0."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where no emoji can be written
-    arguments = vars(parse_arguments())
-    host, port = arguments.pop("host"), arguments.pop("port")
-    if trouble := model_problem(arguments["model"]) or access_problem(host, arguments["token"]):
+    """The exit status: 2 where the server cannot start; after a signal the program ends with 0."""
+    host, port, reload, settings = prepare()
+    if trouble := model_problem(settings.model) or access_problem(host, settings.token):
         return fail(trouble)
-    most = allowed_files(2 * arguments["max_connections"] + 100) - 100
-    arguments["max_connections"] = min(arguments["max_connections"], max(most, 1))
-    sys.setswitchinterval(0.05)  # seconds; with many streams, shorter turns of the interpreter are mostly changes
     try:
-        server = make_server(host, port, Settings(**arguments))
+        made = listen(host, port) if reload else make_server(host, port, settings)
     except DatabaseError as error:
         return fail(str(error))
     except (OSError, UnicodeError) as error:
         return fail(f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}")
-    serve_until_signal(server)
-    say_goodbye(server)
-    server.console.close()
-    os._exit(0)  # the interpreter's own exit aborts where the console is stuck, and complains of a closed pipe
+    return serve(made, note_signals()) if isinstance(made, Server) else supervise(made, settings.db)
+
+
+def prepare() -> tuple[str, int, bool, Settings]:
+    """What the command line says: host, port, whether to reload, and the rest. A bad flag ends the program with 2."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where no emoji can be written
+    arguments = vars(parse_arguments())
+    host, port, reload = (arguments.pop(name) for name in ("host", "port", "reload"))
+    most = allowed_files(2 * arguments["max_connections"] + 100) - 100
+    arguments["max_connections"] = min(arguments["max_connections"], max(most, 1))
+    return host, port, reload, Settings(**arguments)
 
 
 def access_problem(host: str, token: str | None) -> str | None:
@@ -2549,20 +2639,32 @@ def fail(trouble: str) -> int:
     return 2
 
 
-def serve_until_signal(server: Server) -> None:
-    """Serve in a thread, and close when a signal comes; a handler that only takes a note can do no harm anywhere."""
+def note_signals() -> list[int]:
+    """The signals to end, as they come. A handler that only takes a note can do no harm anywhere."""
     signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not with nohup
+        numbers.append(signal.SIGHUP)  # the terminal was closed
+    for number in numbers:
         signal.signal(number, lambda number, frame: signals.append(number))
+    return signals
+
+
+def serve(server: Server, signals: list[int], is_over: Callable[[], bool] = lambda: False) -> NoReturn:
+    """Serve, in a thread, until a signal comes, or it is over. Then the program ends here, with 0."""
+    sys.setswitchinterval(0.05)  # seconds; with many streams, shorter turns of the interpreter are mostly changes
     greet(server)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-    while not signals:
+    while not signals and not is_over():
         time.sleep(0.1)  # short: where another thread takes the signal, a sleep is not cut short by it
     server.shutdown()
     server.server_close()
     server.sessions.close()
     if server.database:
         server.database.close()
+    say_goodbye(server)
+    server.console.close()
+    os._exit(0)  # the interpreter's own exit aborts where the console is stuck, and complains of a closed pipe
 
 
 def greet(server: Server) -> None:

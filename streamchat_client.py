@@ -757,7 +757,6 @@ class Answer:
         self.coding = event.coding if event.line else self.coding
         self.recovering = kind == "retry"
         if kind == "session_info":
-            self.settle()
             self._open(event)
         elif kind == "status":
             self._look_back(event.get("context_messages", 0))
@@ -790,13 +789,16 @@ class Answer:
         self.turn.session.known = True
         if self.chunks:
             self.chunks, self.first_chunk = 0, 0.0
-            self.anew("🔄 The turn was run anew, or its log is gone. Here is its answer from the start.")
+            self.anew("🔄 The answer broke off. The turn was run anew, or its log is gone: here it is from the start.")
+        else:
+            self.settle()
 
     def _look_back(self, context: int) -> None:
         if context < self.context:
             self.note(f"⚠ The context is gone: the server has {context} of {self.context} earlier messages.")
         self.context = context
-        self.wait(f"💭 Generating response... (Context: {context} messages)")
+        if not self.received:
+            self.wait(f"💭 Generating response... (Context: {context} messages)")
 
     def text(self, text: str) -> None:
         """A part of the answer."""
@@ -890,7 +892,8 @@ class Screen(Answer):
         super().text(text)
 
     def anew(self, sentence: str) -> None:
-        """What was shown of the answer does not count: a new head."""
+        """What was shown of the answer does not count: a new head. The sentence tells of the tries, too."""
+        self.live = ""
         self.note(sentence)
         self.opened = False
 

@@ -5487,6 +5487,24 @@ class TestTerminalClientRecovers:
             assert chat.leave()["Sessions Created"] == "2"
 
     @waits
+    def test_a_server_that_is_killed_and_started_again_costs_one_notice(self, serve):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ("--db", str(Path(folder, "chat.db")), "--log", "off")
+            server = serve(*flags)
+            with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
+                chat.enter("The first turn")
+                with away(proxy, chat):
+                    server.process.kill()
+                    server.process.wait(PATIENCE)
+                    restarted = serve(*flags)
+                    proxy.target = restarted.address
+                chat.wait_for_prompt()
+                check_shown(chat, restarted, session)
+                assert len(re.findall("^(\U0001f504|\u26a0|\u274c)", chat.seen(), re.MULTILINE)) == 1
+                assert chat.leave()["Session Messages"] == "4"
+            assert len(restarted.history(session)) == 4
+
+    @waits
     def test_who_gives_up_can_retry_the_same_turn(self, serve):
         server = serve(*CALM)
         with Proxy(server.address, [Fault(cut=9)] * 2) as proxy, \

@@ -606,12 +606,25 @@ SCHEMA = (  # a turn is one row, so there never is half of one. Times are micros
     "CREATE TABLE sessions (key INTEGER PRIMARY KEY, session_id TEXT UNIQUE, model TEXT, created_at INTEGER, "
     "last_activity INTEGER, turns INTEGER)",
     "CREATE TABLE turns (session INTEGER, number INTEGER, turn_id TEXT, message TEXT, sent TEXT, answer TEXT, "
-    "answered TEXT, finish_reason TEXT, usage TEXT, processing_time REAL, PRIMARY KEY (session, number)) WITHOUT ROWID",
+    "answered TEXT, finish_reason TEXT, usage TEXT, processing_time REAL, PRIMARY KEY (session, number))",
 )
 
 
 class DatabaseError(Exception):
     """Why the file of --db can't be opened, read or written, as a sentence. Nothing has changed then."""
+
+
+class MemoryHistory(list[PastTurn]):
+    """A session's history without --db."""
+
+    def keep(self, turn: PastTurn, now: int) -> None:
+        self.append(turn)
+
+    def forget(self, now: int) -> None:
+        self.clear()
+
+    def delete(self) -> None:
+        """There is nothing to do."""
 
 
 class StoredHistory:
@@ -634,23 +647,24 @@ class StoredHistory:
             finish = Finish(reason, usage and json.loads(usage))
             yield PastTurn(turn_id, message, sent, answer, answered, finish, seconds)
 
-    def append(self, turn: PastTurn) -> None:
+    def keep(self, turn: PastTurn, now: int) -> None:
+        """Now is when the session was active last, in microseconds of wall_clock()."""
         *texts, finish, seconds = turn
         row = (self.key, self.length + 1, *texts, finish.reason, finish.usage and json.dumps(finish.usage), seconds)
         with self.database.writing() as write:
             write("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             write("UPDATE sessions SET turns = ?, last_activity = ? WHERE key = ?",
-                  (self.length + 1, wall_clock(), self.key))
+                  (self.length + 1, now, self.key))
         self.length += 1
 
-    def clear(self) -> None:
+    def forget(self, now: int) -> None:
         with self.database.writing() as write:
             write("DELETE FROM turns WHERE session = ?", (self.key,))
-            write("UPDATE sessions SET turns = 0, last_activity = ? WHERE key = ?", (wall_clock(), self.key))
+            write("UPDATE sessions SET turns = 0, last_activity = ? WHERE key = ?", (now, self.key))
         self.length = 0
 
     def delete(self) -> None:
-        """The session, too."""
+        """And the session."""
         with self.database.writing() as write:
             write("DELETE FROM turns WHERE session = ?", (self.key,))
             write("DELETE FROM sessions WHERE key = ?", (self.key,))
@@ -730,7 +744,7 @@ class Database:
                 connection.close()
 
 
-History = list[PastTurn] | StoredHistory
+History = MemoryHistory | StoredHistory
 
 
 def connect(path: Path | str) -> Any:
@@ -771,11 +785,15 @@ def check_database(path: Path) -> None:
         return
     if not path.is_file():
         raise OSError("it is no file")
+    with path.open("rb") as file:
+        header = file.read(100)
+    if len(header) < 100 or not header.startswith(b"SQLite format 3\0") or header[20]:  # bytes not used in each page
+        raise OSError("it is no database of SQLite, or its header is damaged")
     # Without a log nobody writes to it: then it is read as it is, and SQLite makes no files beside it.
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable={int(not has_log)}", uri=True)) as file:
-        application, version, page = (file.execute(f"PRAGMA {name}").fetchone()[0]
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable={int(not has_log)}", uri=True)) as found:
+        application, version, page = (found.execute(f"PRAGMA {name}").fetchone()[0]
                                       for name in ("application_id", "user_version", "page_size"))
-        schema = [sql for [sql] in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
+        schema = [sql for [sql] in found.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
     if not schema and not application:
         return  # nobody's yet
     if application != APPLICATION_ID:
@@ -971,7 +989,7 @@ class Sessions:
         if len(self.sessions) >= LIMITS["sessions"]:
             raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one that you do not need.")
         now = wall_clock()
-        history: History = self.database.add(session_id, model, now) if self.database else []
+        history: History = self.database.add(session_id, model, now) if self.database else MemoryHistory()
         session = self.sessions[session_id] = Session(session_id, model, now, now, history)
         self.counters.sessions_created += 1
         return session
@@ -1057,15 +1075,14 @@ class Sessions:
         with session.changed:
             if not turn.running:
                 return False
-            if past := turn.close(outcome):
+            past, session.last_activity = turn.close(outcome), wall_clock()
+            if past:
                 try:
-                    session.history.append(past)
+                    session.history.keep(past, session.last_activity)
                 except DatabaseError as error:
                     outcome = TurnError("internal_error")
-                    self.console.log("database_failed", session=turn.session_id, turn=turn.turn_id,
-                                     error=str(error))
+                    self.console.trouble(error, session=turn.session_id, turn=turn.turn_id)
             turn.end(outcome)
-            session.last_activity = wall_clock()
             self.counters.end(turn)
             self._log_end(turn, outcome)
             return True
@@ -1105,9 +1122,10 @@ class Sessions:
         """Forget the history, and end a running turn. Raises Refused: session_not_found; DatabaseError."""
         session = self.get(session_id)
         with session.changed:
-            session.history.clear()
+            now = wall_clock()
+            session.history.forget(now)
             self._abort(session, "session_cleared")
-            session.latest, session.last_activity = None, wall_clock()
+            session.latest, session.last_activity = None, now
 
     def delete(self, session_id: str) -> None:
         """Forget the session; a POST that holds it already makes a new one. Raises as clear() does."""
@@ -1115,8 +1133,7 @@ class Sessions:
         with session.changed:
             if session.deleted:  # between the look-up and the lock
                 return self.delete(session_id)
-            if isinstance(session.history, StoredHistory):
-                session.history.delete()
+            session.history.delete()
             session.deleted = True
             self._abort(session, "session_deleted")
             with self.lock:  # not sooner: a new session with this id could have a turn at the same time
@@ -1830,6 +1847,12 @@ class Console:
         self.errors.append({"timestamp": stamp(wall_clock()), "event": "crash", "error": lines[-1]})
         self.print("\n".join(map(escape, lines)), sys.stderr)
 
+    def trouble(self, error: DatabaseError, **fields: Any) -> None:
+        """Log what somebody must mend, on standard error, whatever the mode."""
+        fields, now = {**fields, "error": str(error)}, wall_clock()
+        self.errors.append({"timestamp": stamp(now), "event": "database_failed", **fields})
+        self.print(self._plain("database_failed", now, fields), sys.stderr)
+
     def _plain(self, event: str, at: int, fields: dict[str, Any]) -> str:
         return f"{stamp(at)} {event} {_words(fields)}"
 
@@ -2196,7 +2219,7 @@ class Handler(BaseRequestHandler):
                                     request=self.request_line()[:100])
             return problem(refused)
         except DatabaseError as error:
-            self.server.console.log("database_failed", request=self.request_line()[:100], error=str(error))
+            self.server.console.trouble(error, request=self.request_line()[:100])
             return problem(Refused("internal_error", STREAM_ERRORS["internal_error"][1]))
         except OSError:
             raise

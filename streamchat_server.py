@@ -96,8 +96,11 @@ from pathlib import Path
 from queue import Full, Queue
 from socketserver import BaseRequestHandler
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, unquote
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 PROGRAM = Path(__file__).resolve()
 PAGE = PROGRAM.with_name("demo.html")
@@ -1170,7 +1173,8 @@ class Sessions:
             self._log_chunks(turn)
 
     def close(self) -> None:
-        """Give running turns their grace, then end the rest, and give readers a second to take the end."""
+        """Begin no turn, give running ones their grace, then end the rest, and give readers a second to take the end."""
+        self.closing = True
         self._wait(LIMITS["grace"], lambda: not self.counters.running)
         for session in self.all():
             with session.changed:
@@ -2192,6 +2196,7 @@ class Handler(BaseRequestHandler):
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(1))
             while not self.closing:
                 self.serve_request()
+                self.server.idle.add(self.request)
         except OSError as error:  # the peer left, or took nothing for too long
             self.server.console.log("client_left", client=self.client_address[0], reason=type(error).__name__)
 
@@ -2267,6 +2272,7 @@ class Handler(BaseRequestHandler):
         """The next head; None where the connection ends, or stays idle for too long. Raises Refused."""
         if not self.wait_for_head():
             return None
+        self.server.idle.discard(self.request)
         end = time.monotonic() + LIMITS["head_time"]
         while not (head := parse_head(self.received)):
             known = len(self.received)
@@ -2382,6 +2388,7 @@ class Server(ThreadingHTTPServer):
         self.settings, self.closed = settings, threading.Event()
         self.database = None if settings.db is None else Database(settings.db)
         self.connections: set[socket.socket] = set()
+        self.idle: set[socket.socket] = set()  # those that wait for another request
         self.turned_away: deque[tuple[float, socket.socket]] = deque()  # when, and what is to be closed
         super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()  # the one that it made
@@ -2434,20 +2441,29 @@ class Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.discard(request)
+        self.idle.discard(request)
         self.close_request(request)  # a shutdown before it would be one more system call
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         threading.Thread(target=self.sessions.sweep_until, args=(self.closed,), name="sweep", daemon=True).start()
         super().serve_forever(poll_interval)
 
-    def shutdown(self) -> None:
-        """Return when no connection is accepted any more; kept-alive ones may no longer begin a turn."""
-        self.sessions.closing = True
-        super().shutdown()
-
-    def server_close(self) -> None:
-        super().server_close()
+    def close(self) -> None:
+        """Accept no connection any more, answer those that were accepted, and then end all turns."""
+        self.shutdown()
+        self.server_close()
         self.closed.set()
+        self._drain()
+        self.sessions.close()
+        self._drain()
+        if self.database:
+            self.database.close()
+
+    def _drain(self) -> None:
+        """Give requests that were sent a second to be answered, but for streams."""
+        end = time.monotonic() + 1
+        while len(self.connections - self.idle) > self.sessions.counters.readers and time.monotonic() < end:
+            time.sleep(0.01)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if error := sys.exc_info()[1]:
@@ -2464,7 +2480,7 @@ class Watch:
         self.seen = self.last = self.look()
 
     def look(self) -> list[tuple[int, int] | None]:
-        return [(path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None for path in (PROGRAM, PAGE)]
+        return [stat_of(path) for path in (PROGRAM, PAGE)]
 
     def has_news(self) -> bool:
         """Whether there is a new program, or page, to start. A program that can't be compiled is shown, and is none."""
@@ -2475,11 +2491,20 @@ class Watch:
         self.seen = now
         try:
             compile(PROGRAM.read_bytes(), PROGRAM, "exec")
-        except (SyntaxError, ValueError) as error:
-            say("".join(traceback.format_exception_only(error)) + "The server that runs is still the one before.")
+        except (SyntaxError, ValueError, OSError) as error:
+            say("".join(traceback.format_exception_only(error)) + "The server does not start anew with this.")
             return False
         say("A file has changed. The server starts anew.")
         return True
+
+
+def stat_of(path: Path) -> tuple[int, int] | None:
+    """What tells of a change; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def say(text: str) -> None:
@@ -2498,13 +2523,15 @@ def supervise(listening: socket.socket, db: str | None) -> int:
         while not signals:
             asked, ask = context.Pipe(duplex=False)
             worker = context.Process(target=work, args=(listening, db or f"{folder}/sessions.db", asked))
-            worker.start()
+            start(worker)
             asked.close()
             starts, news = starts + 1, False
             while not (signals or news) and worker.is_alive():
                 time.sleep(0.25)
                 news = watch.has_news()
             ask.close()
+            worker.join(LIMITS["grace"] + 10)
+            worker.kill()  # one that does not look at the pipe, since its program hangs
             worker.join()
             if worker.exitcode == 2 and starts == 1:
                 return 2
@@ -2514,6 +2541,13 @@ def supervise(listening: socket.socket, db: str | None) -> int:
                     time.sleep(0.25)
                     news = watch.has_news()
     return 0
+
+
+def start(worker: BaseProcess) -> None:
+    """Start a process on which Ctrl-C, which all processes of a terminal get, has no effect before it serves."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # is inherited
+    worker.start()
+    signal.signal(signal.SIGINT, before)
 
 
 def work(listening: socket.socket, db: str, asked: Any) -> None:
@@ -2680,11 +2714,7 @@ def serve(server: Server, signals: list[int], is_over: Callable[[], bool] = lamb
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     while not signals and not is_over():
         time.sleep(0.1)  # short: where another thread takes the signal, a sleep is not cut short by it
-    server.shutdown()
-    server.server_close()
-    server.sessions.close()
-    if server.database:
-        server.database.close()
+    server.close()
     say_goodbye(server)
     server.console.close()
     os._exit(0)  # the interpreter's own exit aborts where the console is stuck, and complains of a closed pipe

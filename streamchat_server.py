@@ -100,6 +100,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, unquote
 
 if TYPE_CHECKING:
+    from multiprocessing.context import SpawnContext
     from multiprocessing.process import BaseProcess
 
 PROGRAM = Path(__file__).resolve()
@@ -1173,7 +1174,7 @@ class Sessions:
             self._log_chunks(turn)
 
     def close(self) -> None:
-        """Begin no turn, give running ones their grace, then end the rest, and give readers a second to take the end."""
+        """Begin no turn, give running ones their grace, end the rest, and give readers a second to take the end."""
         self.closing = True
         self._wait(LIMITS["grace"], lambda: not self.counters.running)
         for session in self.all():
@@ -2509,7 +2510,8 @@ def stat_of(path: Path) -> tuple[int, int] | None:
 
 def say(text: str) -> None:
     """What the supervisor has to tell."""
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads it any more
+        print(text, file=sys.stderr, flush=True)
 
 
 def supervise(listening: socket.socket, db: str | None) -> int:
@@ -2521,18 +2523,12 @@ def supervise(listening: socket.socket, db: str | None) -> int:
     context, signals, watch, starts = get_context("spawn"), note_signals(), Watch(), 0
     with TemporaryDirectory(prefix="streamchat-") as folder:
         while not signals:
-            asked, ask = context.Pipe(duplex=False)
-            worker = context.Process(target=work, args=(listening, db or f"{folder}/sessions.db", asked))
-            start(worker)
-            asked.close()
-            starts, news = starts + 1, False
-            while not (signals or news) and worker.is_alive():
-                time.sleep(0.25)
-                news = watch.has_news()
-            ask.close()
-            worker.join(LIMITS["grace"] + 10)
-            worker.kill()  # one that does not look at the pipe, since its program hangs
-            worker.join()
+            news = False
+            with working(context, listening, db or f"{folder}/sessions.db") as worker:
+                while not (signals or news) and worker.is_alive():
+                    time.sleep(0.25)
+                    news = watch.has_news()
+            starts += 1
             if worker.exitcode == 2 and starts == 1:
                 return 2
             if worker.exitcode and worker.exitcode > 0:  # else it was told to end, or killed
@@ -2543,11 +2539,22 @@ def supervise(listening: socket.socket, db: str | None) -> int:
     return 0
 
 
-def start(worker: BaseProcess) -> None:
-    """Start a process on which Ctrl-C, which all processes of a terminal get, has no effect before it serves."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # is inherited
+@contextmanager
+def working(context: SpawnContext, listening: socket.socket, db: str) -> Iterator[BaseProcess]:
+    """A process that serves; at the end of the block it is told to end."""
+    asked, ask = context.Pipe(duplex=False)
+    worker = context.Process(target=work, args=(listening, db, asked))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C, which all get, must not cut its start
     worker.start()
     signal.signal(signal.SIGINT, before)
+    asked.close()
+    try:
+        yield worker
+    finally:
+        ask.close()
+        worker.join(LIMITS["grace"] + 10)
+        worker.kill()  # one that does not look at the pipe, since its program hangs
+        worker.join()
 
 
 def work(listening: socket.socket, db: str, asked: Any) -> None:

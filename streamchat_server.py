@@ -847,8 +847,9 @@ class Session:
     @property
     def changed(self) -> threading.Condition:
         """Made when it is first needed. It is most of a session, and most sessions of a file are not."""
-        with self.making:
-            self._changed = self._changed or threading.Condition()
+        if not self._changed:
+            with self.making:
+                self._changed = self._changed or threading.Condition()
         return self._changed
 
     @property

@@ -765,9 +765,11 @@ def usable(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
-        reason = "another server uses it" if "locked" in str(error) else getattr(error, "strerror", None) or error
+    except sqlite3.Error as error:
+        reason = "another server, or another program, uses it" if "locked" in str(error) else error
         raise DatabaseError(f"cannot use {path}: {reason}") from None
+    except OSError as error:
+        raise DatabaseError(f"cannot use {path}: {error.strerror or error}") from None
 
 
 def identity(path: str) -> tuple[int, int]:

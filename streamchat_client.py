@@ -1296,9 +1296,9 @@ def switch_session(client: Client, argument: str) -> None:
     begin = argument.removesuffix("...")  # as boxes and the prompt shorten it
     found = [numbers[argument]] if argument in numbers else [one for one in ids if one == argument] or [
         one for one in ids if one.startswith(begin)]
-    if len(found) != 1:
-        raise ChatError(f"There is {'more than one' if found else 'no such'} session: /sessions lists them.")
-    enter(client, found[0])
+    if len(found) > 1:
+        raise ChatError("There is more than one such session: /sessions lists them.")
+    enter(client, found[0] if found else argument)  # not listed: the server may be one of many
 
 
 def reset_session(client: Client) -> None:

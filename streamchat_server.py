@@ -1728,8 +1728,8 @@ def check_session_id(request: Request) -> str | None:
     """The session that a POST means: where its path names one, its body may only repeat that. Raises Refused."""
     named, session_id = check_id(request.params, "session_id"), check_id(request.fields, "session_id")
     if named and session_id not in (None, named):
-        raise Refused("invalid_field", f"The path names the session {named}, the body {session_id}. Leave session_id "
-                                       "out of the body.")
+        raise Refused("invalid_field", f"The path names the session {named}, the body {session_id}. POST it to "
+                                       f"/sessions/{session_id}/stream, or leave session_id out of the body.")
     return named or session_id
 
 

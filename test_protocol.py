@@ -1042,11 +1042,11 @@ def start(flags, output, **more):
 
 @contextlib.contextmanager
 def running(*flags, **more):
-    """A server of our own with these flags, on a free port, killed at the end. It must have raised nothing."""
+    """A server of our own with these flags, else on a free port, killed at the end. It must have raised nothing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "log")
         with path.open("wb") as output:
-            process = start((*flags, "--port", "0"), output, **more)
+            process = start(("--port", "0", *flags), output, **more)
         try:
             serving = re.compile(r"^Serving on http://(.+):(\d+)\r?\n", re.MULTILINE)
             found = wait_until(lambda: serving.search(path.read_text("utf-8", "replace")) or process.poll() is not None)
@@ -4304,14 +4304,18 @@ class TestCurl:
                 check_turns(instant, [(session, shown)])
 
 
-@contextlib.contextmanager
 def nginx(server, *changes):
-    """The README's block in a real nginx, with the addresses and these changes replaced; yields its address."""
+    """The README's block for one server in a real nginx."""
+    return in_nginx("# nginx.conf", (URL, url_of(server)), *changes)
+
+
+@contextlib.contextmanager
+def in_nginx(marker, *changes):
+    """A block of the README in a real nginx, with its address and these changes replaced; yields its address."""
     program = needs("nginx", "/usr/sbin", "/usr/local/sbin")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = taken.getsockname()
-    text = replaced(block("nginx", "# nginx.conf"), ("listen 80;", "listen {}:{};".format(*address)),
-                    (URL, url_of(server)), *changes)
+    text = replaced(block("nginx", marker), ("listen 80;", "listen {}:{};".format(*address)), *changes)
     with tempfile.TemporaryDirectory() as folder:
         user = "user root;" if hasattr(os, "geteuid") and os.geteuid() == 0 else ""
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -4411,6 +4415,143 @@ class TestProxy:
             server.process.kill()
             with pytest.raises(Cut):
                 list(stream)
+
+
+class ManyServers:
+    """The README's three servers, each with a file in this folder; in front of them is its nginx."""
+
+    def __init__(self, serve, folder):
+        self.serve, self.folder = serve, folder
+        self.servers = [self.start(number) for number in range(3)]
+        self.front = None
+
+    def start(self, number, port=0):
+        return self.serve("--db", str(Path(self.folder, f"chat-{number}.db")), "--port", str(port),
+                          "--chunk-delay", "0.05", "--log", "off")
+
+    def kill(self, server):
+        server.process.kill()
+        server.process.wait(PATIENCE)
+
+    def restart(self, server):
+        number = self.servers.index(server)
+        self.servers[number] = self.start(number, server.address[1])
+        return self.servers[number]
+
+    def sessions(self):
+        """The ids that each server has, by its own word."""
+        return [server.session_ids() for server in self.servers]
+
+    def post(self, session, turn_id, message):
+        """Send a message until it is answered whole. The turn, and what went before: "cut" within lines, or "down"."""
+        ids, troubles = {"session_id": session, "turn_id": turn_id}, []
+        for _ in range(20 * PATIENCE):
+            with contextlib.closing(self.front.connect()) as connection:
+                connection.send(http_request("POST", f"/sessions/{session}/stream", body={"message": message, **ids}))
+                head, lines = connection.read_head(), []
+                assert head.status in (200, 502)
+                with contextlib.suppress(Cut):
+                    for line in connection.lines(head) if head.status == 200 else ():
+                        lines.append(line)
+                    if head.status == 200:
+                        return check_turn(lines, message=message, stored=bool(troubles), **ids), troubles
+            troubles.append("cut" if lines else "down")
+            time.sleep(0.05)
+        raise AssertionError(f"no whole answer: {troubles}")
+
+
+@contextlib.contextmanager
+def many_servers(serve):
+    with tempfile.TemporaryDirectory() as folder:
+        many = ManyServers(serve, folder)
+        places = [(f"127.0.0.1:{port}", "{}:{}".format(*server.address))
+                  for port, server in zip((8001, 8002, 8003), many.servers, strict=True)]
+        with in_nginx("# many.conf", *places) as address:
+            many.front = Server(*address)
+            yield many
+
+
+class TestManyServers:
+    """Each session lives in one of several servers, and nginx sends it there, and nowhere else."""
+
+    @waits
+    def test_a_kill_in_the_middle_loses_and_doubles_nothing_and_the_other_servers_do_not_notice(self, serve):
+        with many_servers(serve) as many, ThreadPoolExecutor(50) as pool:
+            def talk(session):
+                turns = [(turn_id, f"{session} {turn_id} " + "word " * 50) for turn_id in ("first", "second", "third")]
+                return [(*turn, *many.post(session, *turn)) for turn in turns]
+
+            def in_the_middle(server):
+                stats = server.stats()
+                return len(stats["streams"]) >= 5 and stats["successful_requests"] >= 5
+
+            talks = {session: pool.submit(talk, session) for session in (new_id() for _ in range(50))}
+            victim = wait_until(lambda: next(filter(in_the_middle, many.servers), None))
+            many.kill(victim)
+            victim = many.restart(victim)
+            talks = {session: talk.result() for session, talk in talks.items()}
+
+            for session, turns in talks.items():
+                history = whole_turns(many.front.session(session)["messages"])
+                kept = [(turn_id, user["text"], model["text"]) for turn_id, (user, model) in history.items()]
+                assert kept == [(turn_id, message, turn.text) for turn_id, message, turn, _ in turns]
+            sessions = dict(zip(many.servers, many.sessions(), strict=True))
+            assert all(sessions.values()), "a server has no session"
+            assert sorted(itertools.chain(*sessions.values())) == sorted(talks), "a session is on two servers"
+            troubles = {session: sum((trouble for *_, trouble in turns), []) for session, turns in talks.items()}
+            assert {session for session in talks if troubles[session]} <= sessions[victim]
+            assert "cut" in itertools.chain(*troubles.values())
+            for server in many.servers:
+                stats = server.stats()
+                assert (stats["streams"], stats["failed_requests"]) == ([], 0)
+                assert server is victim or stats["successful_requests"] == 3 * len(sessions[server])
+
+    @waits
+    def test_while_a_server_is_down_its_sessions_are_502_and_no_other_gets_them(self, serve):
+        with many_servers(serve) as many:
+            sessions = [new_id() for _ in range(20)]
+            turns = dict(zip(sessions, in_parallel(lambda session: many.post(session, "first", "Hi")[0], sessions, 20),
+                             strict=True))
+            before = many.sessions()
+            lost = max(before, key=len)
+            down = many.servers[before.index(lost)]
+            many.kill(down)
+            for session in sessions:
+                path = f"/sessions/{session}"
+                assert many.front.request("GET", path).status == (502 if session in lost else 200)
+                if session in lost:
+                    assert many.front.request("POST", f"{path}/stream", {"message": "Again"}).status == 502
+            command = [sys.executable, CLIENT, "--url", url_of(many.front), "--session", session := min(lost), "Again"]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as client:
+                assert b"again" in client.stderr.readline()
+                many.restart(down)
+                shown = client.communicate(timeout=PATIENCE)[0].decode().removesuffix("\n")
+            assert many.front.history(session) == [("user", "Hi"), ("model", turns[session].text),
+                                                   ("user", "Again"), ("model", shown)]
+            assert many.sessions() == before
+
+    @waits
+    def test_what_names_a_session_goes_to_its_server_live_and_all_else_to_one_and_the_same(self, serve):
+        with many_servers(serve) as many:
+            def begin(_):
+                answer = many.front.request("POST", "/chat/stream", {"message": "Hi"})
+                turn = check_turn(answer.body.splitlines(keepends=True), message="Hi")
+                session = turn.info["session_id"]
+                encoded = "".join(f"%{ord(character):02x}" for character in session)
+                assert [many.front.history(name) for name in (session, encoded)] == 2 * [
+                    [("user", "Hi"), ("model", turn.text)]]
+                return session
+            session = in_parallel(begin, range(10), 10)[0]
+            body = {"message": "word " * 90}        # a shorter answer than nginx would hold back
+            lines = TestProxy().lines(many.front.address, "POST", f"/sessions/{session}/stream", body)
+            first = next(lines)
+            assert many.front.stop(session), "the first line came when the turn was over"
+            assert check_turn([first, *lines]).end["finish_reason"] == "cancelled"
+            named = many.front.request("POST", "/chat/stream", {"message": "Hi", "session_id": session})
+            check_problem(named, 400, "invalid_field")
+            refusal = many.front.request("POST", "/sessions/new", {})
+            assert "POST /sessions/{session_id}/stream" in check_problem(refusal, 404, "not_found")["detail"]
+            assert len({many.front.stats()["start_time"] for _ in range(6)}) == 1
 
 
 # ---- The terminal client: as a library and in scripts. Its servers are real, perhaps behind a proxy, or play a script.

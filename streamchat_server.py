@@ -697,11 +697,12 @@ class Database:
         [mode] = self.writer.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise OSError("its file system can't share memory between programs, which SQLite's WAL needs")
-        with self.writing() as write:  # which also tells whether it can be written
+        with self.writing() as write:
             if not write("SELECT 1 FROM sqlite_master").fetchone():
-                for statement in (*SCHEMA, f"PRAGMA application_id = {APPLICATION_ID}",
-                                  f"PRAGMA user_version = {SCHEMA_VERSION}"):
+                for statement in SCHEMA:
                     write(statement)
+            write(f"PRAGMA application_id = {APPLICATION_ID}")
+            write(f"PRAGMA user_version = {SCHEMA_VERSION}")  # which also tells whether it can be written
         self.places = {path: identity(path) for path in (f"{self.path}", f"{self.path}-wal")}
 
     @contextmanager

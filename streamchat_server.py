@@ -716,9 +716,15 @@ class Database:
                 self._check_places()
                 self.writer.execute("COMMIT")
             except BaseException:
-                if self.writer.in_transaction:
-                    self.writer.execute("ROLLBACK")
+                self._undo()
                 raise
+
+    def _undo(self) -> None:
+        """Also what a COMMIT that failed may have left in FILE-wal: another one takes its place there."""
+        if self.writer.in_transaction:
+            self.writer.execute("ROLLBACK")
+        with suppress(Exception):  # the disk does not work at all: nothing will have been left
+            self.writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _check_places(self) -> None:
         """SQLite would go on to write to a file that was taken away, and nobody would find it again."""
@@ -792,6 +798,8 @@ def check_database(path: Path) -> None:
         return
     if not path.is_file():
         raise OSError("it is no file")
+    if path.stat().st_nlink > 1:
+        raise OSError("it has another name, a hard link, under which SQLite would take it for another file")
     with path.open("rb") as file:
         header = file.read(100)
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0") or header[20]:  # bytes not used in each page
@@ -2535,12 +2543,28 @@ def supervise(listening: socket.socket, db: str | None) -> int:
             starts += 1
             if worker.exitcode == 2 and starts == 1:
                 return 2
-            if worker.exitcode and worker.exitcode > 0:  # else it was told to end, or killed
-                say(f"The server ended with status {worker.exitcode}. It starts again when a file changes.")
-                while not (signals or news):
-                    time.sleep(0.25)
-                    news = watch.has_news()
+            if signals or news:
+                continue
+            broken = bool(worker.exitcode and worker.exitcode > 0)  # else it was killed, or told to end
+            say(f"The server ended with status {worker.exitcode}. It starts again{' when a file changes' * broken}.")
+            time.sleep(1)
+            while broken and not (signals or watch.has_news()):
+                time.sleep(0.25)
     return 0
+
+
+@contextmanager
+def ctrl_c_held() -> Iterator[None]:
+    """All processes of a terminal get Ctrl-C. One that is started in here never does, and needs it not: the supervisor,
+    to which it comes a moment later, tells it."""
+    if os.name == "nt":
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @contextmanager
@@ -2548,9 +2572,8 @@ def working(context: SpawnContext, listening: socket.socket, db: str) -> Iterato
     """A process that serves; at the end of the block it is told to end."""
     asked, ask = context.Pipe(duplex=False)
     worker = context.Process(target=work, args=(listening, db, asked))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C, which all get, must not cut its start
-    worker.start()
-    signal.signal(signal.SIGINT, before)
+    with ctrl_c_held():
+        worker.start()
     asked.close()
     try:
         yield worker

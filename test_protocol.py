@@ -1035,8 +1035,8 @@ def environment(**more):
     return kept | more
 
 
-def start(flags, output, **more):
-    return subprocess.Popen([sys.executable, str(SERVER), *flags], env=environment(**more), stdin=subprocess.DEVNULL,
+def start(flags, output, program=SERVER, **more):
+    return subprocess.Popen([sys.executable, str(program), *flags], env=environment(**more), stdin=subprocess.DEVNULL,
                             stdout=output, stderr=subprocess.STDOUT)
 
 
@@ -1244,7 +1244,7 @@ class TestRunIt:
     def test_help_names_the_flags(self):
         shown = subprocess.run([sys.executable, str(SERVER), "--help"], capture_output=True, check=True).stdout.decode()
         flags = {"--" + name for name in ("host", "port", "model", "chunk-words", "chunk-delay", "resume-window",
-                                          "heartbeat", "debug", "log")}
+                                          "heartbeat", "db", "reload", "debug", "log")}
         assert flags <= set(re.findall(r"--[a-z-]+", shown))
 
     @pytest.mark.parametrize("flags", WRONG_FLAGS, ids=" ".join)
@@ -1375,6 +1375,13 @@ class TestRunIt:
             assert stream.check().end["code"] == "server_shutdown"
         assert 4 < time.monotonic() - signalled < 8
         assert server.process.wait(PATIENCE) == 0
+
+    @waits
+    def test_what_cannot_be_served_is_refused_with_reload_too(self, serve):
+        with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as taken:
+            for flags in [("--db", folder, "--port", "0"), ("--port", str(taken.getsockname()[1]))]:
+                said = self.refuse("--reload", *flags)
+                assert flags[1] in said and "\n" not in said
 
     def serves(self, server):
         try:
@@ -3219,6 +3226,163 @@ class TestConfiguration:
         server = serve("--log", "full", "--chunk-delay", "0", PYTHONIOENCODING="ascii")
         server.turn("na\u00efve \U0001f600")
         assert server.log().isascii()
+
+
+# ---- Reload. The files of the server that change are copies.
+
+@contextlib.contextmanager
+def reloading(serve, *flags):
+    """A server with --reload, and its file, in a folder where all its files are ({folder} in flags). It is killed at
+    the end, and nothing of it may run on."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (SERVER.name, "demo.html"):
+            shutil.copy(SERVER.with_name(name), folder)
+        program = Path(folder, SERVER.name)
+        flags = [flag.format(folder=folder) for flag in flags]
+        server = serve(*flags, "--reload", program=program, TMPDIR=folder)
+        try:
+            yield server, program
+        finally:
+            server.process.kill()
+            assert wait_until(lambda: not processes_with(f"TMPDIR={folder}")), "a process is left behind"
+
+
+def processes_with(variable):
+    """The ids of the processes with this in their environment (Linux; elsewhere none is found)."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):      # it is not ours, or has ended
+            if variable.encode() in path.read_bytes().split(b"\0"):
+                found.add(path.parts[2])
+    return found
+
+
+def save(path, text):
+    """Another file takes its place, so that nobody ever sees half of it."""
+    new = path.with_suffix(".new")
+    new.write_text(text, "utf-8")
+    new.replace(path)
+
+
+def save_in_place(path, text):
+    with path.open("r+", encoding="utf-8") as file:
+        file.write(text)
+        file.truncate()
+
+
+def save_slowly(path, text):
+    """It is missing for longer than it takes to notice that."""
+    path.unlink()
+    time.sleep(1.5)
+    path.write_text(text, "utf-8")
+
+
+def set_version(program, code, save=save):
+    save(program, re.sub("^VERSION = .*", f"VERSION = {code}", program.read_text("utf-8"), flags=re.MULTILINE))
+
+
+def wait_for_version(server, version):
+    """Until then every connection is a new one, and must be answered."""
+    assert wait_until(lambda: server.get("/")["version"] == version)
+
+
+@NOT_OURS
+class TestReload:
+    """With --reload the server follows its files as they change. Sessions stay, and no connection is refused."""
+
+    @pytest.mark.parametrize("flags", [(), ("--db", "{folder}/db")], ids=["without --db", "with --db"])
+    @waits
+    def test_a_change_is_served_and_no_connection_is_refused(self, serve, flags):
+        with reloading(serve, *flags) as (server, program):
+            started = {server.stats()["start_time"]}
+            stream = server.chat("word " * 80, session_id="s")      # 2 s
+            stream.read_until("chunk")
+            for version in ("new", "newer"):
+                set_version(program, f'"{version}"')
+                in_parallel(lambda _, version=version: wait_for_version(server, version), range(4))
+                started.add(server.stats()["start_time"])
+            assert len(started) == 3
+            turn = stream.check()
+            assert turn.end["finish_reason"] == "stop"
+            check_history(server, "s", "word " * 80, turn)
+            assert server.turn("And?", session_id="s").end["message_count"] == 4
+
+    @waits
+    def test_a_long_turn_ends_after_5_seconds_and_the_client_runs_it_anew(self, serve):
+        with reloading(serve) as (server, program), chatting(url_of(server), "--session", "s") as chat:
+            chat.type("a " * 400 + "\r")    # 10 s
+            chat.wait("You said: (a ){8}")
+            stream = server.follow("s")
+            set_version(program, '"new"')
+            changed = time.monotonic()
+            assert stream.check().end["code"] == "server_shutdown"
+            assert time.monotonic() - changed > 4
+            chat.wait("run anew")
+            chat.wait_for_prompt()
+            check_shown(chat, server, "s")
+            assert len(server.history("s")) == 2
+            assert chat.leave()["Recovered Streams"] == "1"
+
+    @waits
+    def test_a_file_that_does_not_compile_is_shown_and_the_old_server_runs_on(self, serve):
+        with reloading(serve) as (server, program):
+            before = server.stats()["start_time"]
+            set_version(program, "1.0.0")
+            line = program.read_text("utf-8").partition("VERSION = ")[0].count("\n") + 1
+            assert wait_until(lambda: re.search(rf"{re.escape(program.name)}\D+{line}\b", server.log()))
+            assert server.turn("Hi").end["message_count"] == 2
+            assert server.stats()["start_time"] == before
+            set_version(program, '"new"')
+            wait_for_version(server, "new")
+
+    @waits
+    def test_connections_wait_for_a_file_that_can_be_run(self, serve):
+        with reloading(serve) as (server, program):
+            set_version(program, "unknown")
+            assert wait_until(lambda: "NameError: name 'unknown'" in server.log())
+            os.truncate(server.output, 0)       # there was a traceback, and there may not be another one
+            connections = [server.connect() for _ in range(3)]
+            for connection in connections:
+                connection.send(http_request("GET", "/"))
+            set_version(program, '"new"')
+            assert [server.response(connection).json["version"] for connection in connections] == ["new"] * 3
+
+    @waits
+    def test_no_change_is_missed_however_the_file_is_saved(self, serve):
+        with reloading(serve) as (server, program):
+            for saved in (save_in_place, save_slowly):
+                set_version(program, f'"{saved.__name__}"', saved)
+                wait_for_version(server, saved.__name__)
+            for number in range(10):
+                set_version(program, f'"{number}"')
+                time.sleep(0.1)
+            wait_for_version(server, "9")
+            before = server.stats()["start_time"]
+            page = program.with_name("demo.html")
+            save(page, page.read_text("utf-8") + "<!-- new -->")
+            assert wait_until(lambda: server.stats()["start_time"] != before)
+            assert server.request("GET", "/demo").body.endswith(b"<!-- new -->")
+
+    @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc to find the process that serves")
+    @waits
+    def test_where_the_process_that_serves_is_killed_another_one_serves(self, serve):
+        with reloading(serve) as (server, _):
+            server.turn("Hi", session_id="s")
+            [serving] = processes_listening_at(server.address[1]) - {str(server.process.pid)}
+            os.kill(int(serving), signal.SIGKILL)
+            assert server.turn("And?", session_id="s").end["message_count"] == 4
+
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+    @waits
+    def test_without_a_database_a_private_one_is_kept_until_the_server_ends(self, serve, name):
+        with reloading(serve) as (server, program):
+            server.turn("Hi")
+            files = {program, program.with_name("demo.html")}
+            [private] = set(program.parent.iterdir()) - files
+            assert private.stat().st_mode & 0o777 == 0o700
+            server.process.send_signal(getattr(signal, name))
+            assert server.process.wait(PATIENCE) == 0
+            assert set(program.parent.iterdir()) == files
 
 
 # ---- Models: the real google-genai package against a stand-in of Gemini's streaming HTTP API (server-sent events).

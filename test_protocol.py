@@ -35,6 +35,7 @@ import selectors
 import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import struct
 import subprocess
@@ -2203,6 +2204,500 @@ class TestSessionsAndTheOtherEndpoints:
         assert [stats[name] for name in COUNTERS] == [0, 0, 0, 0]
         assert (stats["average_response_time"], stats["average_chunks_per_stream"]) == (None, None)
         assert stats["time_to_first_chunk"] == {"p50": None, "p95": None}
+
+
+# ---- Sessions on disk. STREAMCHAT_KILLS=COUNT or COUNT:SEED kills the server so often, at random moments.
+
+KILLS, _, KILLS_SEED = os.environ.get("STREAMCHAT_KILLS", "4").partition(":")
+KEPT_TEXTS = [text for _, text in TEXTS]        # other tests take that name, further on
+ON_DISK = ("--chunk-delay", "0", "--log", "off")
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="does to files and processes what Linux alone allows")
+
+
+@contextlib.contextmanager
+def new_file():
+    """The path of a file for --db that is not there yet, in a folder that may be moved away."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # Windows minds that a server has it open
+        file = Path(folder, "data", "chat.db")
+        file.parent.mkdir()
+        yield file
+
+
+def beside(file, ending):
+    return file.with_name(file.name + ending)
+
+
+@contextlib.contextmanager
+def read_only(file):
+    """The rows of a server's file as any other program sees them."""
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as reader:
+        yield reader
+
+
+def rows(file, table="turns"):
+    with read_only(file) as reader:
+        return reader.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+def changed(file, *statements):
+    """Change a file that no server has, as another program would."""
+    with contextlib.closing(sqlite3.connect(file)) as writer:
+        for statement in statements:
+            writer.execute(statement)
+        writer.commit()
+
+
+def told_by(server):
+    """The sessions in the order of the list, with their messages; without what goes with the time."""
+    told = []
+    for listed in server.get("/sessions")["sessions"]:
+        session = server.session(listed["session_id"])
+        del listed["duration_minutes"]
+        assert {name: session[name] for name in listed} == listed
+        assert len(session["messages"]) == session["message_count"]
+        told.append({**listed, "messages": session["messages"]})
+    return told
+
+
+def end_process(server, how="kill"):
+    getattr(server.process, how)()
+    server.process.wait(PATIENCE)
+
+
+class Witness:
+    """A client that holds a server to its promises: what was answered stays, what was not is there whole or not at all.
+
+    The model is the offline one, so a history is known by its turn_ids and messages.
+    """
+
+    def __init__(self, number, seed):
+        self.chance = random.Random(f"{seed} {number}")
+        self.names = [f"w{number}-{session}" for session in range(3)]
+        self.kept = {}          # session: [(turn_id, message)], as promised
+        self.doubt = None       # the session and the request that was not answered
+        self.begun = False      # whether that is a turn whose session_info was read
+        self.count = 0          # of turns that were complete
+
+    def act(self, server):
+        """Talk, clear and delete until the server is gone."""
+        with contextlib.suppress(OSError, Cut):
+            while True:
+                session, deed = self.chance.choice(self.names), self.chance.random()
+                if deed < 0.9 or session not in self.kept:
+                    self.talk(server, session)
+                else:
+                    self.forget(server, session, *(("POST", "/clear") if deed < 0.95 else ("DELETE", "")))
+
+    def talk(self, server, session):
+        words = self.chance.choice((3, 3, 30, 30, 300, 3000))
+        self.doubt = session, {"message": f"{new_id()} " + "word " * words, "session_id": session, "turn_id": new_id()}
+        self.finish(server)
+
+    def finish(self, server):
+        """Send the turn in doubt, read it to its end, and note it."""
+        session, request = self.doubt
+        stream = server.chat(**request)
+        self.begun = bool(stream.read(1).lines)
+        turn = stream.check(message=request["message"], turn_id=request["turn_id"], stored=True)
+        assert turn.end["type"] == "complete", turn.end
+        assert turn.info["created"] == (session not in self.kept)
+        said = self.kept.setdefault(session, [])
+        if (request["turn_id"], request["message"]) not in said:
+            said.append((request["turn_id"], request["message"]))
+        assert turn.end["message_count"] == 2 * len(said)
+        self.count += 1
+        self.doubt, self.begun = None, False
+
+    def forget(self, server, session, method, path):
+        self.doubt = session, None
+        assert server.request(method, f"/sessions/{session}{path}").status == 200
+        self.kept[session] = []
+        if not path:
+            del self.kept[session]
+        self.doubt = None
+
+    def check(self, server):
+        """What the server started again must tell; then the turn in doubt is sent again, and is there once."""
+        if self.doubt:
+            self.settle(server)
+        for session in self.names:
+            assert self.history(server, session) == self.expected(self.kept.get(session)), session
+            if said := self.kept.get(session):
+                turn_id, message = self.chance.choice(said)
+                again = server.chat(message=message, session_id=session, turn_id=turn_id).check(stored=True)
+                assert again.text == offline_answer(message, again.status["context_messages"])[1]
+
+    def settle(self, server):
+        session, request = self.doubt
+        found, promised = self.history(server, session), self.kept.get(session)
+        if request is None:
+            assert found in (self.expected(promised), [], None), "a clear or a delete left a part"
+            self.kept.pop(session)
+            if found is not None:
+                self.kept[session] = promised if found else []
+            self.doubt = None
+            return
+        if found is not None:
+            promised = self.kept.setdefault(session, [])
+        assert found is not None or not self.begun, "session_info was read, and there is no session"
+        with_it = [*(promised or []), (request["turn_id"], request["message"])]
+        assert found in (self.expected(promised), self.expected(with_it)), "not the turns that were complete"
+        self.finish(server)
+
+    def history(self, server, session):
+        response = server.request("GET", f"/sessions/{session}")
+        if response.status == 404:
+            return None
+        turns = whole_turns(response.json["messages"])
+        assert response.json["message_count"] == 2 * len(turns)
+        return [(turn_id, user["text"], model["text"]) for turn_id, (user, model) in turns.items()]
+
+    def expected(self, said):
+        return said if said is None else [(turn_id, message, offline_answer(message, 2 * number)[1])
+                                          for number, (turn_id, message) in enumerate(said)]
+
+
+@contextlib.contextmanager
+def full_disk(server, file):
+    """No file of the server may grow beyond what its -wal has, as if the disk were full."""
+    import resource  # Windows lacks it
+
+    soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (beside(file, "-wal").stat().st_size, hard))
+    yield
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def moved(path, instead=None):
+    elsewhere = path.rename(beside(path, "-elsewhere"))
+    if instead is not None:
+        path.write_bytes(instead)
+    yield
+    elsewhere.rename(path)
+
+
+@contextlib.contextmanager
+def locked(server, file):
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        yield
+
+
+FAULTS = [              # what keeps the server from writing, while it lasts
+    ("the disk is full", full_disk),
+    ("the file is taken away", lambda server, file: moved(file)),
+    ("another file stands in its place", lambda server, file: moved(file, b"")),
+    ("its folder is taken away", lambda server, file: moved(file.parent)),
+    ("its -wal is taken away", lambda server, file: moved(beside(file, "-wal"))),
+    ("another program writes to it", locked),
+]
+
+
+def write_at(offset, data):
+    def change(file):
+        with file.open("r+b") as opened:
+            opened.seek(offset)
+            opened.write(data)
+    return change
+
+
+def cut_off(size):
+    """Cut a file to its size as this function tells it."""
+    return lambda file: os.truncate(file, size(file.stat().st_size))
+
+
+def replace(old, new):
+    def change(file):
+        data = file.read_bytes()
+        assert old in data
+        file.write_bytes(data.replace(old, new))
+    return change
+
+
+def replace_by_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def empty_beside_its_log(file):
+    """As after a kill, when all that is left is in the -wal."""
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as writer:
+        writer.execute("UPDATE turns SET turn_id = 't'")
+        log = beside(file, "-wal").read_bytes()
+    beside(file, "-wal").write_bytes(log)
+    os.truncate(file, 0)
+
+
+def remake(*statements):
+    """Another program's file of SQLite."""
+    def change(file):
+        file.unlink()
+        changed(file, *statements)
+    return change
+
+
+REFUSED_FILES = [       # name, what is done to a good file
+    ("another program's file", remake("CREATE TABLE notes (id INTEGER PRIMARY KEY, text TEXT)")),
+    ("another program's file with tables of these names",
+     remake("CREATE TABLE sessions (id)", "CREATE TABLE turns (id)", "PRAGMA user_version = 1")),
+    ("a text", lambda file: file.write_text("Dear diary,\n" * 1000)),
+    ("one letter", lambda file: file.write_text("x")),
+    ("a folder", replace_by_folder),
+    ("a missing folder", lambda file: shutil.rmtree(file.parent)),
+    ("a newer schema", lambda file: changed(file, "PRAGMA user_version = 99")),
+    ("another magic", write_at(0, b"SQLite format 4")),
+    ("another page size", write_at(16, b"\x02\x00")),
+    ("a newer way to write", write_at(18, b"\x03")),
+    ("pages that are not used whole", write_at(20, b"\x01")),
+    ("a first page of noise", write_at(100, random.Random(1).randbytes(412))),
+    ("a schema that can't be parsed", replace(b"CREATE TABLE turns", b"CREATE TABLE tur\xff\xff")),
+    ("a table that is gone", lambda file: changed(file, "DROP TABLE turns")),
+    ("a column of another name", lambda file: changed(file, "ALTER TABLE turns RENAME COLUMN turn_id TO turn")),
+    ("half of it", cut_off(lambda size: size // 2)),
+    ("all but its last page", cut_off(lambda size: size - 4096)),
+    ("all but its last byte", cut_off(lambda size: size - 1)),
+    ("another name for it", lambda file: beside(file, "-link").hardlink_to(file)),
+    ("nothing but its -wal", empty_beside_its_log),
+]
+
+
+def bytes_in(folder):
+    """All files but those that SQLite and the server make for their locks."""
+    return {path: path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and not path.name.endswith(("-shm", "-lock"))}
+
+
+class TestSessionsOnDisk:
+    """With --db FILE what was complete survives every end of the server, and what can't be kept is not complete."""
+
+    @ON_LINUX
+    @waits
+    def test_without_the_flag_nothing_touches_a_disk(self, serve):
+        with tempfile.TemporaryDirectory() as folder:
+            server = serve(TMPDIR=folder, HOME=folder)
+            server.turn("Hi", session_id="s")
+            server.request("POST", "/sessions/s/clear")
+            opened = {os.readlink(descriptor) for descriptor in Path(f"/proc/{server.process.pid}/fd").iterdir()}
+            assert [path for path in opened if os.path.isfile(path)] == [str(server.output)]
+            assert os.listdir(folder) == [] and os.listdir(server.output.parent) == [server.output.name]
+
+    @waits
+    def test_a_restart_forgets_nothing(self, serve):
+        with new_file() as file:
+            flags = ("--chunk-delay", "0.002", "--log", "off", "--db", str(file))
+            server = serve(*flags)
+            requests = [{"message": text, "session_id": new_id(), "turn_id": "t"} for text in KEPT_TEXTS]
+            turns = [server.turn(**request) for request in requests]
+            requests.append({"message": LONG, "session_id": "stopped", "turn_id": "t"})
+            stream = server.chat(**requests[-1]).read(5)
+            server.stop("stopped")
+            turns.append(stream.check(**requests[-1]))
+            for session in ("cleared", "deleted", "anew"):
+                server.turn("Hi", session_id=session, turn_id="t")
+            server.request("POST", "/sessions/cleared/clear")
+            for session in ("deleted", "anew"):
+                server.request("DELETE", f"/sessions/{session}")
+            server.turn("Hello", session_id="anew", turn_id="t")
+            server.request("POST", "/sessions/new", {"session_id": "empty"})
+            for number, how in enumerate(("terminate", "kill"), 1):
+                server.turn("More", session_id=requests[number]["session_id"])
+                told = told_by(server)
+                end_process(server, how)
+                server = serve(*flags)
+                assert told_by(server) == told and "deleted" not in server.session_ids()
+                stats = server.stats()
+                assert [stats[name] for name in (*COUNTERS, "total_sessions_created")] == [0, 0, 0, 0, 0]
+                assert stats["active_sessions"] == len(told)
+            for request, turn in zip(requests, turns, strict=True):
+                check_stored(server.chat(**request), request, turn)
+                reused = server.request("POST", "/chat/stream", request | {"message": "another"})
+                check_problem(reused, 409, "turn_id_reused")
+            assert told_by(server) == told and server.stats()["total_requests"] == 0
+            check_problem(server.request("POST", "/sessions/new", {"session_id": "empty"}), 409, "session_exists")
+            assert server.turn("Hi", session_id="cleared", turn_id="t").status["context_messages"] == 0
+            assert server.turn("Hi", session_id="anew").status["context_messages"] == 2
+
+    @waits
+    def test_a_session_keeps_its_model_and_a_turn_what_it_used(self, serve):
+        with gemini_stand_in() as stand_in, new_file() as file:
+            flags, more = ("--log", "off", "--db", str(file)), {"serve": serve, "GEMINI_API_KEY": KEY}
+            server = gemini_server(stand_in, "--model", "gemini-test", *flags, **more)
+            request = {"message": "Hi", "session_id": "s", "turn_id": "t"}
+            turn = server.turn(**request)
+            end_process(server)
+            server = gemini_server(stand_in, "--model", "offline", *flags, **more)
+            again = server.chat(**request).check(stored=True, **request)
+            assert (again.info["model"], again.text) == ("gemini-test", turn.text)
+            assert again.end["usage"] == turn.end["usage"] and server.session("s")["model"] == "gemini-test"
+
+    @waits
+    def test_a_turn_that_ran_at_a_kill_is_run_anew_once(self, serve):
+        with new_file() as file:
+            flags = ("--chunk-delay", "0.005", "--log", "off", "--db", str(file))
+            server = serve(*flags)
+            request = {"message": "word " * 400, "session_id": "s", "turn_id": "t"}
+            stream = server.chat(**request)
+            stream.read_until("chunk", 3)
+            end_process(server)
+            server = serve(*flags)
+            told = server.session("s")
+            assert (told["messages"], told["streaming"], told["latest_turn"]) == ([], False, None)
+            check_problem(server.request("GET", "/sessions/s/stream"), 404, "no_turn")
+            turn = server.turn(**request)
+            assert turn.info["created"] is False and turn.status["context_messages"] == 0
+            check_history(server, "s", request["message"], turn)
+            assert server.chat(**request).check(**request) == turn and rows(file) == 1
+
+    @waits
+    def test_a_kill_at_any_moment_loses_no_turn_and_leaves_no_half(self, serve):
+        seed = KILLS_SEED or str(random.randrange(10**6))
+        print(f"STREAMCHAT_KILLS={KILLS}:{seed} makes the same choices")
+        chance, witnesses = random.Random(seed), [Witness(number, seed) for number in range(4)]
+        with new_file() as file, ThreadPoolExecutor(len(witnesses)) as pool:
+            for _ in range(int(KILLS)):
+                with running(*ON_DISK, "--db", str(file)) as server:
+                    for witness in witnesses:
+                        witness.check(server)
+                    turns = sum(len(said) for witness in witnesses for said in witness.kept.values())
+                    assert rows(file) == turns and server.stats()["active_sessions"] == rows(file, "sessions")
+                    acting = [pool.submit(witness.act, server) for witness in witnesses]
+                    time.sleep(chance.uniform(0, 0.25))
+                    end_process(server)
+                    for done in acting:
+                        done.result()
+            server = serve(*ON_DISK, "--db", str(file))
+            for witness in witnesses:
+                witness.check(server)
+            with read_only(file) as reader:
+                assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            print(f"{KILLS} kills, {sum(witness.count for witness in witnesses)} turns complete")
+
+    @waits
+    def test_what_was_answered_is_on_disk_already(self, serve):
+        with new_file() as file:
+            server = serve(*ON_DISK, "--db", str(file))
+            for number in range(10):
+                stream = server.chat("word " * 50 * number + "x", session_id=f"s{number % 2}")
+                stream.read_until("session_info")
+                assert rows(file, "sessions") == min(number + 1, 2)
+                stream.read_until("complete")
+                assert rows(file) == number + 1
+                stream.check()
+            server.request("POST", "/sessions/new", {"session_id": "another"})
+            assert rows(file, "sessions") == 3
+            server.request("POST", "/sessions/s0/clear")
+            assert (rows(file), rows(file, "sessions")) == (5, 3)
+            server.request("DELETE", "/sessions/s1")
+            assert (rows(file), rows(file, "sessions")) == (0, 2)
+
+    @ON_LINUX
+    @waits
+    def test_what_can_not_be_written_is_an_error_and_changes_nothing(self, serve):
+        with new_file() as file:
+            server = serve("--chunk-delay", "0", "--log", "brief", "--db", str(file))
+            server.turn("x" * 50_000, session_id="s")       # so that the -wal is longer than the log
+            for name, fault in FAULTS:
+                self.check_fault(server, file, name, fault)
+            told = told_by(server)
+            end_process(server)
+            assert told_by(serve(*ON_DISK, "--db", str(file))) == told
+
+    def check_fault(self, server, file, name, fault):
+        request = {"message": name, "session_id": "s", "turn_id": new_id()}
+        for session in ("cleared", "deleted"):
+            server.turn(name, session_id=session)
+        before, log = {session: server.history(session) for session in server.session_ids()}, server.log()
+        failed = server.stats()["failed_requests"]
+        with fault(server, file):
+            assert server.turn(**request).end.get("code") == "internal_error", name
+            for method, path, body in (("POST", "/chat/stream", {"message": "Hi", "session_id": "another"}),
+                                       ("POST", "/sessions/new", {"session_id": "another"}),
+                                       ("POST", "/sessions/cleared/clear", None),
+                                       ("DELETE", "/sessions/deleted", None)):
+                check_problem(server.request(method, path, body), 500, "internal_error")
+            check_problem(server.request("GET", "/sessions/another"), 404, "session_not_found")
+            assert server.session_ids() == before.keys() and server.stats()["failed_requests"] == failed + 1
+        assert file.name in server.log().removeprefix(log), f"{name}: the log does not tell why"
+        assert {session: server.history(session) for session in server.session_ids()} == before, name
+        turn = server.turn(**request)
+        assert turn.end["type"] == "complete" and server.turn("Hi", session_id="another").info["created"], name
+        assert server.history("s") == [*before["s"], ("user", name), ("model", turn.text)], name
+        for method, path in (("POST", "cleared/clear"), ("DELETE", "deleted"), ("DELETE", "another")):
+            assert server.request(method, f"/sessions/{path}").status == 200, name
+
+    @waits
+    def test_a_file_serves_one_server_at_a_time(self, serve):
+        with new_file() as file:
+            server = serve(*ON_DISK, "--db", str(file))
+            server.turn("Hi", session_id="s")
+            names = [file]
+            if sys.platform != "win32":     # where a link needs a privilege
+                names.append(beside(file, "-link"))
+                names[-1].symlink_to(file)
+            for name in names:
+                said = TestRunIt().refuse("--port", "0", "--db", str(name))
+                assert "\n" not in said and file.name in said
+            server.turn("Hi", session_id="s")
+            end_process(server)
+            assert serve(*ON_DISK, "--db", str(file)).session("s")["message_count"] == 4
+
+    @waits
+    def test_a_file_that_is_not_right_is_refused_in_one_line_and_not_touched(self, serve):
+        with new_file() as file:
+            server = serve(*ON_DISK, "--db", str(file))
+            for number in range(3):
+                server.turn("x" * 20_000, session_id=f"s{number}")
+            end_process(server, "terminate")
+
+            def refuse(case):
+                name, damage = case
+                folder = Path(file.parents[1], name)
+                folder.mkdir()
+                damaged = Path(shutil.copy(file, folder))
+                damage(damaged)
+                before = bytes_in(folder)
+                said = TestRunIt().refuse("--port", "0", "--db", str(damaged))
+                assert "\n" not in said and file.name in said, f"{name}: {said}"
+                assert bytes_in(folder) == before, f"{name}: the file was touched"
+            in_parallel(refuse, REFUSED_FILES, workers=2)
+
+    @waits
+    def test_damage_within_is_an_error_of_one_session(self, serve):
+        with new_file() as file:
+            server = serve(*ON_DISK, "--db", str(file))
+            for session in "abc":
+                server.turn(session * 50_000, session_id=session)
+            end_process(server, "terminate")
+            page = file.read_bytes().index(b"b" * 4000) // 4096 + 1
+            write_at(page * 4096, b"\xff" * 4096)(file)
+            server = serve("--chunk-delay", "0", "--log", "brief", "--db", str(file))
+            log = server.log()
+            check_problem(server.request("GET", "/sessions/b"), 500, "internal_error")
+            response = server.request("POST", "/chat/stream", {"message": "Hi", "session_id": "b"})
+            assert response.status == 500 or b'"internal_error"' in response.body
+            assert file.name in server.log().removeprefix(log), "the log does not tell why"
+            for session in "ac":
+                assert server.history(session)[0] == ("user", session * 50_000)
+                assert server.turn("Hi", session_id=session).status["context_messages"] == 2
+
+    @waits
+    def test_turns_may_end_at_once_while_others_read(self, serve):
+        with new_file() as file:
+            server = serve(*ON_DISK, "--db", str(file))
+            server.turn("Hi", session_id="s")
+
+            def talk(session):
+                for number in range(4):
+                    turn = server.turn("word " * 30, session_id=session)
+                    assert turn.end["message_count"] == len(server.history(session)) == 2 * number + 2
+                    assert len(server.history("s")) == 2
+            with read_only(file) as reader:
+                reader.execute("BEGIN")
+                assert reader.execute("SELECT count(*) FROM turns").fetchone() == (1,)
+                in_parallel(talk, [new_id() for _ in range(12)], workers=12)
+                assert reader.execute("SELECT count(*) FROM turns").fetchone() == (1,)
+            assert rows(file) == 49
 
 
 # ---- Errors

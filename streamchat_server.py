@@ -607,8 +607,8 @@ def run_turn(turn: Turn, model: Model, history: list[Message], words: int,
 APPLICATION_ID = int.from_bytes(b"SCht", "big")  # in the file's header: whose it is
 SCHEMA_VERSION = 1  # in its user_version; a file of a later one is left alone
 SCHEMA = (  # a turn is one row, so there never is half of one. Times are microseconds since 1970, but for timestamps.
-    "CREATE TABLE sessions (key INTEGER PRIMARY KEY, session_id TEXT UNIQUE, model TEXT, created_at INTEGER, "
-    "last_activity INTEGER, turns INTEGER)",
+    "CREATE TABLE sessions (key INTEGER PRIMARY KEY AUTOINCREMENT, session_id TEXT UNIQUE, model TEXT, "
+    "created_at INTEGER, last_activity INTEGER, turns INTEGER)",  # a key never comes again
     "CREATE TABLE turns (session INTEGER, number INTEGER, turn_id TEXT, message TEXT, sent TEXT, answer TEXT, "
     "answered TEXT, finish_reason TEXT, usage TEXT, processing_time REAL, PRIMARY KEY (session, number))",
 )
@@ -808,7 +808,8 @@ def check_database(path: Path) -> None:
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable={int(not has_log)}", uri=True)) as found:
         application, version, page = (found.execute(f"PRAGMA {name}").fetchone()[0]
                                       for name in ("application_id", "user_version", "page_size"))
-        schema = [sql for [sql] in found.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
+        schema = [sql for [sql] in found.execute("SELECT sql FROM sqlite_master WHERE substr(name, 1, 7) <> 'sqlite_' "
+                                                 "ORDER BY rowid")]
     if not schema and not application:
         return  # nobody's yet
     if application != APPLICATION_ID:
@@ -889,18 +890,17 @@ class Session:
         return {**self._facts(), "duration_minutes": round((wall_clock() - self.created_at) / 60e6, 2)}
 
     def details(self) -> dict[str, Any]:
-        """The answer of GET /sessions/{session_id}."""
-        with self.changed:
-            turn = self.latest
-            return {
-                **self._facts(),
-                "user_messages": len(self.history),
-                "model_messages": len(self.history),
-                "session_duration_seconds": round((wall_clock() - self.created_at) / 1e6, 3),
-                "messages": [message._asdict() for message in messages(self.history)],
-                "latest_turn": turn and {"turn_id": turn.turn_id, "state": turn.state, "message": turn.message,
-                                         "started": turn.stamp(turn.started), "chunks": turn.chunks()},
-            }
+        """The answer of GET /sessions/{session_id}. (The lock is held.)"""
+        turn = self.latest
+        return {
+            **self._facts(),
+            "user_messages": len(self.history),
+            "model_messages": len(self.history),
+            "session_duration_seconds": round((wall_clock() - self.created_at) / 1e6, 3),
+            "messages": [message._asdict() for message in messages(self.history)],
+            "latest_turn": turn and {"turn_id": turn.turn_id, "state": turn.state, "message": turn.message,
+                                     "started": turn.stamp(turn.started), "chunks": turn.chunks()},
+        }
 
 
 class Counters:
@@ -992,6 +992,16 @@ class Sessions:
         if not (session := self.sessions.get(session_id)):
             raise Refused("session_not_found", "There is no such session. GET /sessions lists those that there are.")
         return session
+
+    @contextmanager
+    def locked(self, session_id: str) -> Iterator[Session]:
+        """The session, with its lock held. Raises Refused: session_not_found."""
+        while True:
+            session = self.get(session_id)
+            with session.changed:
+                if not session.deleted:  # between the look-up and the lock; then there may be a new one
+                    yield session
+                    return
 
     def create(self, session_id: str, model: str) -> Session:
         """A new session. Raises Refused: session_exists, overloaded. Raises DatabaseError."""
@@ -1125,8 +1135,7 @@ class Sessions:
 
     def stop(self, session_id: str, turn_id: str | None) -> bool:
         """Stop the running turn, if it is the one named or none is named. True where this ended a turn."""
-        session = self.get(session_id)
-        with session.changed:
+        with self.locked(session_id) as session:
             turn = session.running_turn
             return turn is not None and turn_id in (None, turn.turn_id) and self.end(session, turn, Finish("cancelled"))
 
@@ -1136,8 +1145,7 @@ class Sessions:
 
     def clear(self, session_id: str) -> None:
         """Forget the history, and end a running turn. Raises Refused: session_not_found; DatabaseError."""
-        session = self.get(session_id)
-        with session.changed:
+        with self.locked(session_id) as session:
             now = wall_clock()
             session.history.forget(now)
             self._abort(session, "session_cleared")
@@ -1145,10 +1153,7 @@ class Sessions:
 
     def delete(self, session_id: str) -> None:
         """Forget the session; a POST that holds it already makes a new one. Raises as clear() does."""
-        session = self.get(session_id)
-        with session.changed:
-            if session.deleted:  # between the look-up and the lock
-                return self.delete(session_id)
+        with self.locked(session_id) as session:
             session.history.delete()
             session.deleted = True
             self._abort(session, "session_deleted")
@@ -2015,7 +2020,9 @@ class Endpoints:
         return reply_json({"active_sessions": len(sessions), "sessions": [each.summary() for each in sessions]})
 
     def get_session(self, request: Request) -> Reply:
-        return reply_json(self.sessions.get(request.params["session_id"]).details())
+        with self.sessions.locked(request.params["session_id"]) as session:
+            details = session.details()
+        return reply_json(details)
 
     def delete_session(self, request: Request) -> Reply:
         self.sessions.delete(request.params["session_id"])

@@ -2217,7 +2217,7 @@ ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="does to files and
 @contextlib.contextmanager
 def new_file():
     """The path of a file for --db that is not there yet, in a folder that may be moved away."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # Windows minds that a server has it open
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # Windows minds that it is open
         file = Path(folder, "data", "chat.db")
         file.parent.mkdir()
         yield file
@@ -2680,6 +2680,21 @@ class TestSessionsOnDisk:
             for session in "ac":
                 assert server.history(session)[0] == ("user", session * 50_000)
                 assert server.turn("Hi", session_id=session).status["context_messages"] == 2
+
+    @waits
+    def test_who_waits_for_a_session_that_is_deleted_meanwhile_finds_none(self, serve):
+        with new_file() as file, ThreadPoolExecutor(4) as pool:
+            server = serve(*ON_DISK, "--db", str(file))
+            server.turn("Hi", session_id="s")
+            with locked(server, file):
+                deleting = pool.submit(server.request, "DELETE", "/sessions/s")
+                time.sleep(0.1)     # it has the session's lock, and waits for the file
+                waiting = [pool.submit(server.request, method, f"/sessions/s{path}")
+                           for method, path in (("GET", ""), ("POST", "/clear"), ("POST", "/stop"))]
+                time.sleep(0.1)
+            assert deleting.result().status == 200
+            for response in waiting:
+                check_problem(response.result(), 404, "session_not_found")
 
     @waits
     def test_turns_may_end_at_once_while_others_read(self, serve):

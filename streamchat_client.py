@@ -89,6 +89,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "status": str, "uptime_seconds": (int, float), "total_requests": int, "successful_requests": int,
     "failed_requests": int, "active_sessions": int, "streaming_connections": int, "total_sessions_created": int,
     "average_response_time": (int, float, type(None)), "start_time": str, "framework": str,
+    "features": list,
 }
 HEALTH = "status model uptime_seconds total_requests successful_requests failed_requests active_sessions " \
          "streaming_connections"
@@ -344,8 +345,9 @@ class Api:
         another run: what came before it is dropped. After an `error` comes a `retry` or TurnFailed.
 
         `known` says that the server has the session. When it has, and the session is deleted meanwhile, it is not made
-        anew, but SessionDeleted raised. (What tells a delete from a restart is the server's start_time, so the first
-        chat() asks for that.) `pause` waits for so many seconds; it may raise to end all this.
+        anew, but SessionDeleted raised. (A server that has its sessions on disk loses none. Where it has not, its
+        start_time tells a delete from a restart, so the first chat() asks for that.) `pause` waits for so many seconds;
+        it may raise to end all this.
         """
         if not self._started:
             self._ask_start_time()
@@ -421,12 +423,18 @@ class Api:
         except Refused as error:
             if error.status == 404:
                 now = self._ask_start_time()
-                if now and now == before:
+                if self._loses_no_session() or (now and now == before):
                     raise SessionDeleted("The session was deleted meanwhile, and the answer with it.") from error
                 return not now
         except BadServer:
             pass  # the POST will tell
         return True
+
+    def _loses_no_session(self) -> bool:
+        """Whether the server says that it keeps sessions on disk."""
+        with suppress(ChatError):
+            return "sessions on disk" in self._ask("GET", "/", "features", silence=STOP_TIME)["features"]
+        return False
 
     def _ask_start_time(self) -> str:
         """The server's start_time, or "" where it does not tell."""

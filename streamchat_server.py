@@ -682,6 +682,7 @@ class Database:
         self.path = Path(file).resolve()
         self.writes, self.reads = threading.Lock(), threading.Lock()  # who reads does not wait for the disk
         self.places: dict[str, tuple[int, int]] = {}
+        self.locked_out = 0  # when it was last, in microseconds of clock()
         with usable(self.path):
             check_database(self.path)
             self.owner = connect(f"{self.path}-lock")  # a file of its own, so that other programs can read this one
@@ -709,8 +710,9 @@ class Database:
     def writing(self) -> Iterator[Callable[..., Any]]:
         """A transaction, for the function given to execute statements in. When it is left, it is on disk. Raises
         DatabaseError."""
+        asked = clock()
         with usable(self.path), self.writes:
-            self.writer.execute("BEGIN IMMEDIATE")
+            self._begin(asked)
             try:
                 yield self.writer.execute
                 self._check_places()
@@ -718,6 +720,16 @@ class Database:
             except BaseException:
                 self._undo()
                 raise
+
+    def _begin(self, asked: int) -> None:
+        """Wait a second for another program that writes. Of many that ask meanwhile, only the first waits so long."""
+        if self.locked_out > asked:
+            raise OSError("another program writes to it")
+        try:
+            self.writer.execute("BEGIN IMMEDIATE")
+        except Exception:
+            self.locked_out = clock()
+            raise
 
     def _undo(self) -> None:
         """Also what a COMMIT that failed may have left in FILE-wal: another one takes its place there."""
@@ -1029,6 +1041,8 @@ class Sessions:
             raise Refused("overloaded", "Too many turns are running. Try again in a moment.")
 
     def _get_or_add(self, session_id: str) -> Session:
+        if session := self.sessions.get(session_id):  # which need not wait for those that are written
+            return session
         with self.lock:
             if session := self.sessions.get(session_id):
                 return session
@@ -2061,7 +2075,8 @@ class Endpoints:
     def index(self, request: Request) -> Reply:
         return reply_json({
             "name": "streamable HTTP chat", "version": VERSION, "framework": FRAMEWORK, "model": self.settings.model,
-            "features": FEATURES, "endpoints": {route.name: f"{route.method} {route.path}" for route in self.routes},
+            "features": FEATURES if self.settings.db is None else [*FEATURES, "sessions on disk"],
+            "endpoints": {route.name: f"{route.method} {route.path}" for route in self.routes},
         })
 
     def openapi(self, request: Request) -> Reply:

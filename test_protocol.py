@@ -5530,6 +5530,19 @@ class TestClientLibrary:
         assert type(chat.trouble) is library.SessionDeleted
         assert instant.request("GET", f"/sessions/{session}").status == 404
 
+    def test_where_sessions_are_on_disk_a_session_that_is_gone_was_deleted(self, library, serve):
+        """The start_time tells nothing: the server that tells it may be another one, or was restarted meanwhile."""
+        with new_file() as file:
+            server, session = serve(*INSTANT, "--db", str(file)), new_id()
+
+            def delete_and_restart(_):
+                server.request("DELETE", f"/sessions/{session}")
+                end_process(server)
+                proxy.target = serve(*INSTANT, "--db", str(file)).address
+            with Proxy(server.address, [Fault(cut=900)]) as proxy:
+                chat = Chat(library, proxy.url, session=session, pause=delete_and_restart)
+            assert type(chat.trouble) is library.SessionDeleted
+
     def test_a_restart_is_no_delete_though_the_next_try_fails_too(self, library):
         starts = iter(["before"])
 

@@ -2526,7 +2526,7 @@ class Watch:
         self.seen = now
         try:
             compile(PROGRAM.read_bytes(), PROGRAM, "exec")
-        except (SyntaxError, ValueError, OSError) as error:
+        except Exception as error:  # SyntaxError; MemoryError where it is nested too deeply
             say("".join(traceback.format_exception_only(error)) + "The server does not start anew with this.")
             return False
         say("A file has changed. The server starts anew.")
@@ -2558,6 +2558,7 @@ def supervise(listening: socket.socket, db: str | None) -> int:
     with TemporaryDirectory(prefix="streamchat-") as folder:
         while not signals:
             news = False
+            Path(folder).mkdir(0o700, exist_ok=True)  # after days, something may have tidied it away
             with working(context, listening, db or f"{folder}/sessions.db") as worker:
                 while not (signals or news) and worker.is_alive():
                     time.sleep(0.25)

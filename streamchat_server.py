@@ -822,6 +822,8 @@ def check_database(path: Path) -> None:
                                       for name in ("application_id", "user_version", "page_size"))
         schema = [sql for [sql] in found.execute("SELECT sql FROM sqlite_master WHERE substr(name, 1, 7) <> 'sqlite_' "
                                                  "ORDER BY rowid")]
+        if tuple(schema) == SCHEMA:
+            found.execute("SELECT total(turns) FROM sessions")  # which reads all of them
     if not schema and not application:
         return  # nobody's yet
     if application != APPLICATION_ID:
@@ -2559,10 +2561,15 @@ def supervise(listening: socket.socket, db: str | None) -> int:
         while not signals:
             news = False
             Path(folder).mkdir(0o700, exist_ok=True)  # after days, something may have tidied it away
-            with working(context, listening, db or f"{folder}/sessions.db") as worker:
-                while not (signals or news) and worker.is_alive():
-                    time.sleep(0.25)
-                    news = watch.has_news()
+            try:
+                with working(context, listening, db or f"{folder}/sessions.db") as worker:
+                    while not (signals or news) and worker.is_alive():
+                        time.sleep(0.25)
+                        news = watch.has_news()
+            except OSError as error:  # no memory, no file descriptors, or the working folder is gone
+                say(f"The server could not be started: {error}")
+                time.sleep(1)
+                continue
             starts += 1
             if worker.exitcode == 2 and starts == 1:
                 return 2

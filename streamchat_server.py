@@ -704,7 +704,7 @@ class Database:
                     write(statement)
             write(f"PRAGMA application_id = {APPLICATION_ID}")
             write(f"PRAGMA user_version = {SCHEMA_VERSION}")  # which also tells whether it can be written
-        self.places = {path: identity(path) for path in (f"{self.path}", f"{self.path}-wal")}
+        self.places = {path: identity(path) for path in (f"{self.path}{end}" for end in ("", "-wal", "-lock"))}
 
     @contextmanager
     def writing(self) -> Iterator[Callable[..., Any]]:
@@ -788,7 +788,8 @@ def usable(path: Path) -> Iterator[None]:
         reason = "another server, or another program, uses it" if "locked" in str(error) else error
         raise DatabaseError(f"cannot use {path}: {reason}") from None
     except OSError as error:
-        raise DatabaseError(f"cannot use {path}: {error.strerror or error}") from None
+        reason = f"{error.strerror} ({error.filename})" if error.filename else error
+        raise DatabaseError(f"cannot use {path}: {reason}") from None
 
 
 def identity(path: str) -> tuple[int, int]:
@@ -2562,7 +2563,7 @@ def supervise(listening: socket.socket, db: str | None) -> int:
             news = False
             Path(folder).mkdir(0o700, exist_ok=True)  # after days, something may have tidied it away
             try:
-                with working(context, listening, db or f"{folder}/sessions.db") as worker:
+                with working(context, listening, f"{folder}/sessions.db" if db is None else db) as worker:
                     while not (signals or news) and worker.is_alive():
                         time.sleep(0.25)
                         news = watch.has_news()

@@ -1036,9 +1036,39 @@ def environment(**more):
     return kept | more
 
 
-def start(flags, output, program=SERVER, **more):
-    return subprocess.Popen([sys.executable, str(program), *flags], env=environment(**more), stdin=subprocess.DEVNULL,
-                            stdout=output, stderr=subprocess.STDOUT)
+IMPORTED = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import streamchat_server
+"""
+START = [sys.executable, "-c", IMPORTED + "sys.exit(streamchat_server.main())", str(SERVER.parent)]
+REFUSE = IMPORTED + """
+import contextlib, io, json
+for sys.argv[1:] in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.TextIOWrapper(io.BytesIO())) as said:
+        try:
+            status = streamchat_server.main()
+        except SystemExit as exit:
+            status = exit.code
+        said.seek(0)
+        print(json.dumps([status, said.read()]))
+"""
+
+
+def start(flags, output, program=None, **more):
+    """The server, imported by a program that does what its file does: so it is compiled once, not with each start."""
+    command = [sys.executable, str(program)] if program else START
+    return subprocess.Popen([*command, *flags], env=environment(**more), stdin=subprocess.DEVNULL, stdout=output,
+                            stderr=subprocess.STDOUT)
+
+
+def refused(*command_lines):
+    """What the server says to each of these arguments, none of which it may serve with; all in one process."""
+    done = subprocess.run([sys.executable, "-c", REFUSE, str(SERVER.parent)], input=json.dumps(command_lines),
+                          env=environment(), timeout=PATIENCE, capture_output=True, encoding="utf-8", check=True)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [status for status, _ in told] == [2] * len(command_lines) and "Traceback" not in done.stdout, told
+    return [said.strip() for _, said in told]
 
 
 @contextlib.contextmanager
@@ -1224,9 +1254,7 @@ WRONG_FLAGS = [
 
 @pytest.fixture(scope="class")
 def refusals():
-    """Two at once, for each start keeps a core busy."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {flags: pool.submit(TestRunIt().refuse, "--port", "0", *flags) for flags in WRONG_FLAGS}
+    return dict(zip(WRONG_FLAGS, refused(*(["--port", "0", *flags] for flags in WRONG_FLAGS)), strict=True))
 
 
 @NOT_OURS
@@ -1250,7 +1278,7 @@ class TestRunIt:
 
     @pytest.mark.parametrize("flags", WRONG_FLAGS, ids=" ".join)
     def test_a_wrong_flag_is_refused(self, refusals, flags):
-        assert flags[0] in refusals[flags].result()
+        assert flags[0] in refusals[flags]
 
     def test_a_port_in_use_is_refused_in_one_line(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -2651,17 +2679,18 @@ class TestSessionsOnDisk:
                 server.turn("x" * 20_000, session_id=f"s{number}")
             end_process(server, "terminate")
 
-            def refuse(case):
-                name, damage = case
+            files = []
+            for name, damage in REFUSED_FILES:
                 folder = Path(file.parents[1], name)
                 folder.mkdir()
-                damaged = Path(shutil.copy(file, folder))
-                damage(damaged)
-                before = bytes_in(folder)
-                said = TestRunIt().refuse("--port", "0", "--db", str(damaged))
+                files.append(Path(shutil.copy(file, folder)))
+                damage(files[-1])
+            before = [bytes_in(damaged.parent) for damaged in files]
+            told = refused(*(["--port", "0", "--db", str(damaged)] for damaged in files))
+            for damaged, unchanged, said in zip(files, before, told, strict=True):
+                name = damaged.parent.name
                 assert "\n" not in said and file.name in said, f"{name}: {said}"
-                assert bytes_in(folder) == before, f"{name}: the file was touched"
-            in_parallel(refuse, REFUSED_FILES, workers=2)
+                assert bytes_in(damaged.parent) == unchanged, f"{name}: the file was touched"
 
     @waits
     def test_damage_within_is_an_error_of_one_session(self, serve):

@@ -785,11 +785,11 @@ def usable(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        reason = "another server, or another program, uses it" if "locked" in str(error) else error
-        raise DatabaseError(f"cannot use {path}: {reason}") from None
+        locked = "locked" in str(error)
+        raise DatabaseError(f"cannot use {path}: {'another program uses it' if locked else error}") from None
     except OSError as error:
-        reason = f"{error.strerror} ({error.filename})" if error.filename else error
-        raise DatabaseError(f"cannot use {path}: {reason}") from None
+        where = f" ({error.filename})" if error.filename else ""
+        raise DatabaseError(f"cannot use {path}: {error.strerror or error}{where}") from None
 
 
 def identity(path: str) -> tuple[int, int]:

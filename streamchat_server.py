@@ -492,7 +492,7 @@ class Turn:
             while self.running and (rest := last - clock()) > 0:
                 self.changed.wait(min(rest / 1e6, threading.TIMEOUT_MAX))
 
-    def close(self, outcome: Outcome) -> PastTurn | None:
+    def settle(self, outcome: Outcome) -> PastTurn | None:
         """Cut off what has not left; a stop comes before what is held, too. What the history gains by this end, which
         must follow before the lock is released. (The lock is held.)"""
         self.ended = clock()
@@ -510,7 +510,7 @@ class Turn:
         return self.past
 
     def end(self, outcome: Outcome) -> None:
-        """Add the terminal event to a log that was closed. (The lock is held.)"""
+        """Add the terminal event to a log that was settled. (The lock is held.)"""
         event: dict[str, Any] = self._complete(outcome) if isinstance(outcome, Finish) else {
             "type": "error", "code": outcome.code, "message": outcome.text,
             "retryable": STREAM_ERRORS[outcome.code][0]}
@@ -606,7 +606,7 @@ def run_turn(turn: Turn, model: Model, history: list[Message], words: int,
 
 APPLICATION_ID = int.from_bytes(b"SCht", "big")  # in the file's header: whose it is
 SCHEMA_VERSION = 1  # in its user_version; a file of a later one is left alone
-SCHEMA = (  # a turn is one row, so there never is half of one. Times are microseconds since 1970, but for timestamps.
+SCHEMA = (  # a turn is one row, so there never is half of one. created_at, last_activity: microseconds since 1970.
     "CREATE TABLE sessions (key INTEGER PRIMARY KEY AUTOINCREMENT, session_id TEXT UNIQUE, model TEXT, "
     "created_at INTEGER, last_activity INTEGER, turns INTEGER)",  # a key never comes again
     "CREATE TABLE turns (session INTEGER, number INTEGER, turn_id TEXT, message TEXT, sent TEXT, answer TEXT, "
@@ -680,10 +680,10 @@ class Database:
     def __init__(self, file: str) -> None:
         """Raises DatabaseError, and has not changed a file of others, or a damaged one, then."""
         self.path = Path(file).resolve()
-        self.writes, self.reads = threading.Lock(), threading.Lock()  # who reads does not wait for the disk
+        self.write_lock, self.read_lock = threading.Lock(), threading.Lock()  # who reads does not wait for the disk
         self.places: dict[str, tuple[int, int]] = {}
         self.locked_out = 0  # when it was last, in microseconds of clock()
-        with usable(self.path):
+        with as_database_error(self.path):
             check_database(self.path)
             self.owner = connect(f"{self.path}-lock")  # a file of its own, so that other programs can read this one
             self.owner.execute("PRAGMA journal_mode = MEMORY")  # which makes no other file
@@ -711,7 +711,7 @@ class Database:
         """A transaction, for the function given to execute statements in. When it is left, it is on disk. Raises
         DatabaseError."""
         asked = clock()
-        with usable(self.path), self.writes:
+        with as_database_error(self.path), self.write_lock:
             self._begin(asked)
             try:
                 yield self.writer.execute
@@ -732,11 +732,12 @@ class Database:
             raise
 
     def _undo(self) -> None:
-        """Also what a COMMIT that failed may have left in FILE-wal: another one takes its place there."""
+        """Roll back. A COMMIT that failed may have left its turn in FILE-wal, and a later start would find it there: so
+        another one, which changes nothing, takes its place."""
         if self.writer.in_transaction:
             self.writer.execute("ROLLBACK")
         with suppress(Exception):  # the disk does not work at all: nothing will have been left
-            self.writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self.writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
     def _check_places(self) -> None:
         """SQLite would go on to write to a file that was taken away, and nobody would find it again."""
@@ -746,7 +747,7 @@ class Database:
 
     def read(self, query: str, *values: Any) -> list[tuple]:
         """All rows. Raises DatabaseError."""
-        with usable(self.path), self.reads:
+        with as_database_error(self.path), self.read_lock:
             return self.reader.execute(query, values).fetchall()
 
     def add(self, session_id: str, model: str, created_at: int) -> StoredHistory:
@@ -762,7 +763,7 @@ class Database:
         return [(*facts, StoredHistory(self, key, turns)) for *facts, key, turns in rows]
 
     def close(self) -> None:
-        with self.writes, self.reads:
+        with self.write_lock, self.read_lock:
             for connection in (self.reader, self.writer, self.owner):  # the last but one tidies up FILE-wal
                 connection.close()
 
@@ -778,7 +779,7 @@ def connect(path: Path | str) -> Any:
 
 
 @contextmanager
-def usable(path: Path) -> Iterator[None]:
+def as_database_error(path: Path) -> Iterator[None]:
     """What goes wrong with the file, as DatabaseError."""
     import sqlite3
 
@@ -793,14 +794,14 @@ def usable(path: Path) -> Iterator[None]:
 
 
 def identity(path: str) -> tuple[int, int]:
-    """What stays the same of a file under another name. Raises OSError."""
+    """Device and inode: the same for a file under another name, and only there. Raises OSError."""
     found = os.stat(path)
     return found.st_dev, found.st_ino
 
 
 def check_database(path: Path) -> None:
-    """Whether the file is a database of this program, or none yet. It is only read: SQLite would mend, or change, what
-    is not ours. Raises sqlite3.Error, OSError."""
+    """Raise sqlite3.Error or OSError, unless the file is a database of this program, or none yet. It is only read:
+    SQLite would mend, or change, what is not ours."""
     import sqlite3
 
     log = Path(f"{path}-wal")
@@ -832,7 +833,7 @@ def check_database(path: Path) -> None:
     if version > SCHEMA_VERSION:
         raise OSError(f"a newer version of this program made it (its schema is {version}, not {SCHEMA_VERSION})")
     if tuple(schema) != SCHEMA or path.stat().st_size % page:
-        raise OSError("it is damaged: its schema or its end is not as it was written")
+        raise OSError("its tables are not as this program makes them, or its end is missing")
 
 
 # ---- sessions: what is remembered, and who may begin a turn. It knows no sockets and nothing of a model's inside. ----
@@ -1104,7 +1105,7 @@ class Sessions:
         last = texts.pop() if texts and past.finish.reason != "cancelled" else None
         turn.add(texts)
         turn.held = (last, clock()) if last else None
-        turn.close(past.finish)
+        turn.settle(past.finish)
         turn.processing_time = past.processing_time
         turn.end(past.finish)
         return turn
@@ -1118,7 +1119,7 @@ class Sessions:
         with session.changed:
             if not turn.running:
                 return False
-            past, session.last_activity = turn.close(outcome), wall_clock()
+            past, session.last_activity = turn.settle(outcome), wall_clock()
             if past:
                 try:
                     session.history.keep(past, session.last_activity)
@@ -2508,7 +2509,7 @@ class Server(ThreadingHTTPServer):
             self.console.crash(error)
 
 
-# ---- reload: a supervisor has the socket, and a worker at a time serves. It knows nothing of what that does. ---------
+# ---- reload: a supervisor has the socket, and a worker at a time serves. Of what that does, only work() knows. -------
 
 
 class Watch:
@@ -2520,7 +2521,7 @@ class Watch:
     def look(self) -> list[tuple[int, int] | None]:
         return [stat_of(path) for path in (PROGRAM, PAGE)]
 
-    def has_news(self) -> bool:
+    def take_news(self) -> bool:
         """Whether there is a new program, or page, to start. A program that can't be compiled is shown, and is none."""
         now, before = self.look(), self.last
         self.last = now
@@ -2566,7 +2567,7 @@ def supervise(listening: socket.socket, db: str | None) -> int:
                 with working(context, listening, f"{folder}/sessions.db" if db is None else db) as worker:
                     while not (signals or news) and worker.is_alive():
                         time.sleep(0.25)
-                        news = watch.has_news()
+                        news = watch.take_news()
             except OSError as error:  # no memory, no file descriptors, or the working folder is gone
                 say(f"The server could not be started: {error}")
                 time.sleep(1)
@@ -2579,15 +2580,15 @@ def supervise(listening: socket.socket, db: str | None) -> int:
             broken = bool(worker.exitcode and worker.exitcode > 0)  # else it was killed, or told to end
             say(f"The server ended with status {worker.exitcode}. It starts again{' when a file changes' * broken}.")
             time.sleep(1)
-            while broken and not (signals or watch.has_news()):
+            while broken and not (signals or watch.take_news()):
                 time.sleep(0.25)
     return 0
 
 
 @contextmanager
 def ctrl_c_held() -> Iterator[None]:
-    """All processes of a terminal get Ctrl-C. One that is started in here never does, and needs it not: the supervisor,
-    to which it comes a moment later, tells it."""
+    """All processes of a terminal get Ctrl-C, but not one that is started in here: it would be cut in the middle of its
+    imports. The supervisor gets it a moment later, and tells the worker."""
     if os.name == "nt":
         yield
         return
@@ -2623,7 +2624,7 @@ def work(listening: socket.socket, db: str, asked: Any) -> None:
         except OSError:  # how Windows says that the other end is closed
             return True
 
-    *_, settings = prepare()
+    *_, settings = read_command_line()
     try:
         server = Server(listening, settings._replace(db=db))
     except DatabaseError as error:
@@ -2691,8 +2692,9 @@ def parse_arguments() -> argparse.Namespace:
            help="seconds that a turn goes on without readers, and that a log is kept after its end")
     option("--heartbeat", metavar="S", type=between(float, 0, 15, open_low=True), default=defaults.heartbeat,
            help="seconds of silence after which a reader gets a ping")
-    option("--db", metavar="FILE", help="keep sessions in this file, which is made where there is none")
-    option("--reload", action="store_true",
+    option("--db", metavar="FILE", default=argparse.SUPPRESS,
+           help="keep sessions in this file, which is made where there is none")
+    option("--reload", action="store_true", default=argparse.SUPPRESS,
            help="start anew, with the same sessions, when the server's file or the page's changes")
     option("--debug", action="store_true", help="serve /debug")
     option("--token", metavar="T", type=shaped(r"[!-~]+", "printable ASCII without spaces"),
@@ -2710,7 +2712,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """The exit status: 2 where the server cannot start; after a signal the program ends with 0."""
-    host, port, reload, settings = prepare()
+    host, port, reload, settings = read_command_line()
     if trouble := model_problem(settings.model) or access_problem(host, settings.token):
         return fail(trouble)
     try:
@@ -2722,12 +2724,12 @@ def main() -> int:
     return serve(made, note_signals()) if isinstance(made, Server) else supervise(made, settings.db)
 
 
-def prepare() -> tuple[str, int, bool, Settings]:
-    """What the command line says: host, port, whether to reload, and the rest. A bad flag ends the program with 2."""
+def read_command_line() -> tuple[str, int, bool, Settings]:
+    """Host, port, whether to reload, and the rest, as far as this system allows. A bad flag ends the program with 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # where no emoji can be written
     arguments = vars(parse_arguments())
-    host, port, reload = (arguments.pop(name) for name in ("host", "port", "reload"))
+    host, port, reload = arguments.pop("host"), arguments.pop("port"), arguments.pop("reload", False)
     most = allowed_files(2 * arguments["max_connections"] + 100) - 100
     arguments["max_connections"] = min(arguments["max_connections"], max(most, 1))
     return host, port, reload, Settings(**arguments)

@@ -1200,7 +1200,7 @@ WAITING = {}        # the tests that mostly wait, by what pytest calls in their 
 
 
 def waits(test):
-    """A test of `serve`, `browser` and its cases alone: it runs beside others, and is judged in its turn."""
+    """A test of no fixtures but `serve` and `browser`: it runs beside others, and is judged in its turn."""
     @NOT_OURS
     @pytest.mark.usefixtures("begun", *(inspect.signature(test).parameters.keys() - {"self", "serve", "browser"}))
     def in_its_turn(self, request, begun):
@@ -1217,8 +1217,10 @@ def begun(request):
     """
     def run(item, **more):
         case = item.callspec.params if hasattr(item, "callspec") else {}
+        test = WAITING[item.function]
         with fresh_servers() as serve:
-            WAITING[item.function](item.instance, serve, **case, **more)
+            given = {"self": item.instance, "serve": serve, **case, **more}
+            test(**{name: given[name] for name in inspect.signature(test).parameters})
 
     @cache
     def browser_of(thread):
@@ -1270,6 +1272,7 @@ class TestRunIt:
         assert "Traceback" not in process.stderr, process.stderr
         return process.stderr.strip()
 
+    @waits
     def test_help_names_the_flags(self):
         shown = subprocess.run([sys.executable, str(SERVER), "--help"], capture_output=True, check=True).stdout.decode()
         flags = {"--" + name for name in ("host", "port", "model", "chunk-words", "chunk-delay", "resume-window",
@@ -1280,19 +1283,21 @@ class TestRunIt:
     def test_a_wrong_flag_is_refused(self, refusals, flags):
         assert flags[0] in refusals[flags]
 
+    @waits
     def test_a_port_in_use_is_refused_in_one_line(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
             said = self.refuse("--port", port)
         assert port in said and "\n" not in said
 
-    @pytest.mark.parametrize("host, more", [
-        ("", {}), ("0", {}), ("0.0.0.0", {}), ("::", {}), ("10.0.0.1", {}), ("chat.example.com", {}),
-        ("localhost.evil.example", {}), ("0.0.0.0", {"STREAMCHAT_TOKEN": ""})])
-    def test_a_host_that_others_can_reach_needs_a_token(self, host, more):
-        said = self.refuse("--host", host, "--port", "0", **more)
-        assert "--token" in said and "\n" not in said
+    @waits
+    def test_a_host_that_others_can_reach_needs_a_token(self):
+        hosts = ["", "0", "0.0.0.0", "::", "10.0.0.1", "chat.example.com", "localhost.evil.example"]
+        told = refused(*(["--host", host, "--port", "0"] for host in hosts))
+        for said in (*told, self.refuse("--host", "0.0.0.0", "--port", "0", STREAMCHAT_TOKEN="")):
+            assert "--token" in said and "\n" not in said
 
+    @waits
     def test_a_bad_token_is_refused_and_not_shown(self):
         for said in (self.refuse("--token", "s3cret word"), self.refuse(STREAMCHAT_TOKEN="s3cret word")):
             assert "s3cret" not in said
@@ -1320,6 +1325,7 @@ class TestRunIt:
         (("--model", "gemini-x"), {}), ((), {"GENAI_MODEL_ID": "gemini-x"}),
         (("--model", "gemini-x"), {"GOOGLE_API_KEY": ""}),
     ], ids=["flag", "environment", "an empty key"])
+    @waits
     def test_a_gemini_model_without_a_key_is_refused_in_one_line(self, flags, more):
         said = self.refuse("--port", "0", *flags, **more)
         assert "GOOGLE_API_KEY" in said and "--model offline" in said and "\n" not in said
@@ -1352,6 +1358,7 @@ class TestRunIt:
         assert stream.check().end["finish_reason"] == "stop"
         assert server.process.wait(PATIENCE) == 0
 
+    @waits
     def test_a_server_whose_output_is_closed_serves(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
@@ -1406,7 +1413,7 @@ class TestRunIt:
         assert server.process.wait(PATIENCE) == 0
 
     @waits
-    def test_what_cannot_be_served_is_refused_with_reload_too(self, serve):
+    def test_what_cannot_be_served_is_refused_with_reload_too(self):
         with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as taken:
             for flags in [("--db", folder, "--port", "0"), ("--port", str(taken.getsockname()[1]))]:
                 said = self.refuse("--reload", *flags)

@@ -1211,7 +1211,7 @@ def waits(test):
 
 @pytest.fixture(scope="session")
 def begun(request):
-    """Of the tests that were chosen, those that mostly wait: they begin ten at a time, and two at a time in a browser.
+    """Of the tests that were chosen, those that mostly wait: they begin six at a time, and two at a time in a browser.
 
     There are two browsers, and each test has a new tab of one.
     """
@@ -1232,7 +1232,7 @@ def begun(request):
             browser.console(), browser.requests()       # of the tests before
             run(item, browser=browser)
     items = [item for item in request.session.items if item.function in WAITING]
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(10) as pool, ThreadPoolExecutor(2) as browsers:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(6) as pool, ThreadPoolExecutor(2) as browsers:
         runs = {}       # more at a time would wait for a core
         for item in items:
             in_browser = "browser" in inspect.signature(WAITING[item.function]).parameters
@@ -6820,6 +6820,7 @@ class TestThePageRecovers:
                 check_stop(browser, server, session)
                 browser.show(first)
                 until(browser, "stopped")
+                browser.wait(f"({ARTICLES}).length === 4")     # with what was said while it was hidden
                 check_articles(browser, server, session)
 
     @waits
@@ -7004,7 +7005,7 @@ class TestThePageShowsTheWire:
 
     @waits
     def test_a_connection_is_dropped_and_resumed_and_a_turn_sent_again_and_stopped(self, serve, browser):
-        server = serve("--chunk-delay", "0.02", "--heartbeat", "0.1", "--log", "off")
+        server = serve("--chunk-delay", "0.05", "--heartbeat", "0.1", "--log", "off")
         with visited(browser, server, "wire") as session:
             browser.wait(USABLE, "")
             send(browser, LONG)
@@ -7492,6 +7493,7 @@ CODE = f"Look:\n```py\n{'x' * 300} = 1\n```\n{'word ' * 60}\n"
 def views(browser):
     """Go to each view, which shows as much as it can."""
     say(browser, CODE)
+    browser.wait(COUNTS + " === '2 messages'")      # so that the list is not drawn anew meanwhile
     yield "chat"
     browser.run('location.hash = "wire";')
     browser.wait(WIRE_IS_WHOLE)

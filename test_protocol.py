@@ -6465,7 +6465,6 @@ new MutationObserver(() => {
 }).observe(document.body, {attributes: true, characterData: true, childList: true, subtree: true});
 """.replace("STATE", STATE)
 SPACED = "  two  spaces\n\n\ta tab and " + TEXT
-LISTING = "GET /sessions HTTP/1.1"
 COUNTS = "[...document.querySelectorAll('#sessions small')].map(each => each.textContent.split(' ·')[0]).join()"
 
 
@@ -6485,10 +6484,12 @@ def seen(browser, selector):
                        "each.textContent).map(each => each.textContent);", selector)
 
 
-def wait_for_list(proxy):
-    """Until the page has read the list of sessions once more."""
-    before = proxy.requests.count(LISTING)
-    assert wait_until(lambda: proxy.requests.count(LISTING) > before)
+def wait_for(proxy, request):
+    """Until the page has sent this request once more."""
+    def sent():
+        return sum(line.startswith(request + " ") for line in proxy.requests)
+    before = sent()
+    assert wait_until(lambda: sent() > before)
 
 
 def one_of_many(server):
@@ -6684,9 +6685,25 @@ class TestThePageChats:
             assert browser.run(f"return {COUNTS};") == "begins with your message"
             browser.console()       # the page may have looked at the session while it was deleted
             browser.ask("POST", "/refresh")
-            wait_for_list(proxy)
+            wait_for(proxy, "GET /sessions")
             begin_and_leave("#new")
-            wait_for_list(proxy)
+            wait_for(proxy, "GET /sessions")
+
+    @waits
+    def test_what_others_said_unseen_is_shown_after_the_next_answer(self, serve, browser):
+        server, session = serve(*INSTANT), new_id()
+        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            until(browser, "idle")
+            proxy.fault_of = lambda line: Fault(stall=0) if line.startswith("GET /stats") else Fault()
+            wait_for(proxy, "GET /stats")
+            server.turn(SPACED, session_id=session)
+            send(browser, "Hi")
+            until(browser, "complete")
+            proxy.fault_of = lambda line: Fault()
+            proxy.down()        # ends the requests that got no answer
+            proxy.up()
+            browser.wait(f"({ARTICLES}).length === 4")
+            check_articles(browser, server, session)
 
     @waits
     def test_a_message_may_be_sent_before_the_session_is_read(self, serve, browser):

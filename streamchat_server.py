@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 r"""Streamable HTTP chat: multi-turn chat with a language model over plain HTTP/1.1, in one file.
 
-A client POSTs a message. The answer is a stream of events. Each event is one line of JSON, and each line is sent as
-one chunk of the chunked transfer coding (a "transfer chunk": size in hex, CRLF, data, CRLF) as soon as it is due:
+A client POSTs a message. The answer is a stream of events. Each event is one line of JSON, and each line is sent
+as one chunk of the chunked transfer coding (a "transfer chunk": size in hex, CRLF, data, CRLF) once it is due:
 
     > POST /sessions/demo/stream HTTP/1.1
     > Host: localhost:8000
     > Content-Type: application/json
-    > Content-Length: 32
+    > Content-Length: 33
     >
     > {"message":"Hi!","turn_id":"t-1"}
 
@@ -16,7 +16,7 @@ one chunk of the chunked transfer coding (a "transfer chunk": size in hex, CRLF,
     < Transfer-Encoding: chunked
     <
     < 8c
-    < {"type":"session_info","session_id":"demo","turn_id":"t-1","model":"offline","created":true,"timestamp":"…"}
+    < {"type":"session_info","session_id":"demo","turn_id":"t-1","model":"offline","created":true,…}
     <
     < 4a
     < {"type":"status","message":"Generating response...","context_messages":0}
@@ -26,17 +26,17 @@ one chunk of the chunked transfer coding (a "transfer chunk": size in hex, CRLF,
     <
       (… more chunks, a tenth of a second apart; the last one has "is_final":true …)
     < bc
-    < {"type":"complete","finish_reason":"stop","total_chunks":4,"processing_time":0.300712,"message_count":2,…}
+    < {"type":"complete","finish_reason":"stop","total_chunks":4,"processing_time":0.300712,…}
     <
     < 0
     <
 
-The last line is a terminal event, `complete` or `error`. A stream without one was cut. The turn runs on all the same:
-a client that was cut off sends the same POST again and gets the same lines. `complete` adds the message and the answer
-to the history; `error` adds nothing. README.md has the whole protocol.
+The last line is a terminal event, `complete` or `error`. A stream without one was cut, but the turn runs on: a
+client that was cut off sends the same POST again and gets the same lines. `complete` adds the message and the
+answer to the history; `error` adds nothing. README.md has the whole protocol.
 
-How the data flows: bytes → Request → endpoint → Turn ← run_model ← model(history), and from there
-Turn.follow → lines → transfer chunks → one send.
+How the data flows: bytes → Head → Request → endpoint → Turn ← run_model ← model(history), and from there
+Turn.follow → lines → transfer chunks → one send. Retry, resume and a second reader are the same follow().
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ PAGE = PROGRAM.with_name("demo.html")
 VERSION = "2.0"
 FRAMEWORK = "Python http.server + HTTP Streaming"
 
-# ---- limits and codes: the numbers and words of the protocol ---------------------------------------------------------
+# ---- limits and codes: the numbers and words of the protocol --------------------------------------------------
 
 LIMITS = {
-    "message": 100_000,  # characters: a short book's chapter; Gemini's smallest context holds many of them
+    "message": 100_000,  # characters: a short book's chapter
     "body": 2 << 20,  # bytes: 100,000 characters, each written as two \uXXXX, and room for the other fields
     "request_line": 8 << 10,  # bytes with its CRLF: the least that RFC 9112, section 3, recommends
     "head": 32 << 10,  # bytes with its last empty line: nginx's four buffers of 8 KiB
@@ -104,7 +104,7 @@ LIMITS = {
 ID = r"[A-Za-z0-9_-]{1,64}"
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
-TITLES = {  # of status codes, by RFC 9110 and RFC 6585: Python 3.11 and 3.12 have older ones for 413 and 414
+TITLES = {  # of status codes, as in RFC 9110 and RFC 6585; Python 3.11 and 3.12 have older ones for 413 and 414
     200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
     405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
     413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
@@ -115,17 +115,18 @@ TITLES = {  # of status codes, by RFC 9110 and RFC 6585: Python 3.11 and 3.12 ha
 PROBLEMS = {  # code of a problem: status
     "bad_request": 400, "invalid_json": 400, "invalid_field": 400, "unauthorized": 401, "forbidden_origin": 403,
     "forbidden_host": 403, "not_found": 404, "session_not_found": 404, "no_turn": 404, "method_not_allowed": 405,
-    "request_timeout": 408, "session_busy": 409, "session_exists": 409, "turn_id_reused": 409, "length_required": 411,
-    "payload_too_large": 413, "uri_too_long": 414, "unsupported_media_type": 415, "headers_too_large": 431,
-    "internal_error": 500, "not_implemented": 501, "overloaded": 503, "version_not_supported": 505,
+    "request_timeout": 408, "session_busy": 409, "session_exists": 409, "turn_id_reused": 409,
+    "length_required": 411, "payload_too_large": 413, "uri_too_long": 414, "unsupported_media_type": 415,
+    "headers_too_large": 431, "internal_error": 500, "not_implemented": 501, "overloaded": 503,
+    "version_not_supported": 505,
 }
 
-STREAM_ERRORS = {  # code of an `error` event: (retryable, message where there is none that says more)
+STREAM_ERRORS = {  # code of an `error` event: (retryable, message where nothing says more)
     "model_error": (False, "The model failed; the server's log has the details."),
     "model_not_found": (False, "The model does not exist."),
     "model_auth": (False, "The model's service refused the key."),
     "model_overloaded": (True, "The model's service is overloaded. Try again in a moment."),
-    "model_blocked": (False, "The model's service blocked the message or the answer. Rephrase the message."),
+    "model_blocked": (False, "The model's service blocked the message or the answer."),
     "model_cut": (True, "The model's answer was cut off. Send the same request again."),
     "session_cleared": (False, "The session was cleared while this turn was running."),
     "session_deleted": (False, "The session was deleted while this turn was running."),
@@ -158,7 +159,10 @@ class Finish(NamedTuple):
     word: str = "stop"
 
 
-# ---- wire: an event becomes a line, and a line becomes a transfer chunk ----------------------------------------------
+STOPPED = Finish("cancelled")
+Outcome = Finish | Failure
+
+# ---- wire: an event becomes a line, and a line becomes a transfer chunk ---------------------------------------
 
 COMPACT = json.JSONEncoder(separators=(",", ":"))
 
@@ -191,16 +195,16 @@ def encode(**event: Any) -> bytes:
 def encode_chunk(text: str, number: int, is_final: bool, timestamp: str) -> bytes:
     """The same for the most frequent event, several times as fast."""
     final = "true" if is_final else "false"
-    return (f'{{"type":"chunk","text":{encode_basestring_ascii(text)},"chunk_number":{number},"is_final":{final},'
-            f'"timestamp":"{timestamp}"}}\n').encode()
+    return (f'{{"type":"chunk","text":{encode_basestring_ascii(text)},"chunk_number":{number},'
+            f'"is_final":{final},"timestamp":"{timestamp}"}}\n').encode()
 
 
 def transfer_chunk(line: bytes) -> bytes:
-    """A line in the chunked transfer coding (RFC 9112, section 7.1): size in hex, CRLF, data, CRLF."""
+    """A line in the chunked transfer coding (RFC 9112, section 7.1)."""
     return b"%x\r\n%b\r\n" % (len(line), line)
 
 
-# ---- turn: a log of lines that any number of readers follow. It does not depend on sockets, sessions or models. ------
+# ---- turn: a log of lines that any number of readers follow. It does not depend on sockets or on a model. -----
 
 OPENING = 2  # lines before the chunks: session_info and status
 
@@ -208,54 +212,53 @@ OPENING = 2  # lines before the chunks: session_info and status
 class Turn:
     """One user message and its answer, as a log of lines.
 
-    Each line has a moment, in microseconds of clock(), before which no reader gets it. So the model may run ahead of
-    the pace, and a stop drops the lines whose moment has not come. No chunk waits to learn whether it is the last,
-    with one exception: when the model ends while the last chunk is not due, that chunk is held until it is due.
+    Each line has a moment, in microseconds of clock(), before which no reader gets it. So the model may run ahead
+    of the pace, and a stop drops the lines that are not due. If the model ends while the last chunk is not due,
+    that chunk is held back: it becomes the final one when it is due. Otherwise an empty final chunk follows.
     """
 
     def __init__(self, session: Session, turn_id: str, message: str, created: bool, delay: float,
                  client: str) -> None:
-        """Called with Sessions.lock held. `delay` is the pace in seconds, `client` the address that sent the POST."""
+        """`delay` is the pace in seconds, `client` the address that sent the POST."""
         self.session, self.turn_id, self.message, self.client = session, turn_id, message, client
         self.context_messages, self.delay = 2 * len(session.history), round(delay * 1e6)
         self.changed = threading.Condition()  # guards what follows, and wakes readers
-        self.state = "running"  # then "complete" or "failed"; changes with Sessions.lock held, too
+        self.state = "running"  # then "complete" or "failed"
+        self.is_ending = False  # no more chunks are taken
         self.started = clock()
-        self.epoch = wall_clock() - self.started  # one offset for the turn, so that no step of the clock shows in it
+        self.epoch = wall_clock() - self.started  # one for the turn, so that a step of the clock never shows in it
         self.lines: list[bytes] = []
         self.moments: list[int] = []  # of each line, ascending
         self.texts: list[str] = []  # of each chunk
-        self.held = ""  # the last chunk, while it is held
-        self.heard: int | None = self.started  # when the model last gave a sign of life; None when it is done
+        self.held = ""  # the last chunk, while it is held back
+        self.heard: int | None = self.started  # the model's last sign of life; None when it is done
+        self.pieces: Any = None  # the model's iterator, while it runs
         self.readers = 0
         self.deserted: int | None = None  # when the last reader left
-        self.is_full = False  # true while the turn ends
-        self.logged = 0  # chunks that were written to the server's log
-        self.pieces: Any = None  # the model's iterator, which is closed when the turn ends early
-        self._append(self.started, encode(
-            type="session_info", session_id=session.session_id, turn_id=turn_id, model=session.model,
-            created=created, timestamp=self.timestamp(self.started)))
-        self._append(self.started, encode(
-            type="status", message="Generating response...", context_messages=self.context_messages))
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks have been released: those that are due."""
-        ended = self.state != "running"
-        return bisect_right(self.moments, clock()) - OPENING - ended
+        self.logged = 0  # chunks that the console has shown
+        timestamp = self.timestamp(self.started)
+        self._append(self.started, encode(type="session_info", session_id=session.session_id, turn_id=turn_id,
+                                          model=session.model, created=created, timestamp=timestamp))
+        self._append(self.started, encode(type="status", message="Generating response...",
+                                          context_messages=self.context_messages))
 
     def timestamp(self, moment: int) -> str:
         """A moment of clock() as the wall clock shows it."""
         return stamp(self.epoch + moment)
+
+    def chunks(self) -> int:
+        """How many chunks have been released: those that are due."""
+        released = bisect_right(self.moments, clock()) - OPENING
+        return released if self.state == "running" else released - 1
 
     def _append(self, moment: int, line: bytes) -> None:
         self.moments.append(moment)
         self.lines.append(line)
 
     def add(self, texts: list[str]) -> None:
-        """Add chunks at the pace. After the end of the turn they are dropped."""
+        """Add chunks at the pace. Once the turn is ending, they are dropped."""
         with self.changed:
-            if self.is_full:
+            if self.is_ending:
                 return
             self.heard = moment = clock()
             if self.texts:
@@ -267,53 +270,43 @@ class Turn:
             self.changed.notify_all()
 
     def wait_for_pace(self, hold: bool) -> None:
-        """The model is done: return when the last chunk is due, or when something else has ended the turn."""
+        """The model is done: return when the last chunk is due, or when something else ends the turn."""
         with self.changed:
             self.heard = None
             due = self.moments[-1]
-            if hold and due > clock() and not self.is_full:
+            if hold and due > clock() and not self.is_ending:
                 self.held = self.texts.pop()
                 del self.lines[-1], self.moments[-1]
-            while not self.is_full and (rest := due - clock()) > 0:
+            while not self.is_ending and (rest := due - clock()) > 0:
                 self.changed.wait(rest / 1e6)
 
-    def truncate(self, is_stop: bool) -> int:
-        """Drop the chunks that are not due, take no more, and return the moment of this. The end must follow."""
+    def close(self, is_stop: bool) -> int:
+        """Drop the chunks that are not due and take no more. Returns the moment of this; finish() must follow."""
         with self.changed:
             now = clock()
             due = bisect_right(self.moments, now)
             del self.lines[due:], self.moments[due:], self.texts[due - OPENING :]
             if is_stop:
                 self.held = ""
-            self.is_full = True
+            self.is_ending = True
             self.changed.notify_all()
             return now
 
-    def ending(self, outcome: Finish | Failure, now: int) -> list[bytes]:
-        """The last lines of the log: the final chunk if the turn completes, and the terminal event."""
-        timestamp, lines = self.timestamp(now), []
+    def ending(self, outcome: Outcome, now: int) -> list[bytes]:
+        """The lines that end the log: the final chunk if the turn completes, and the terminal event."""
+        ids = {"session_id": self.session.session_id, "turn_id": self.turn_id, "timestamp": self.timestamp(now)}
         if isinstance(outcome, Failure):
-            event: dict[str, Any] = {"type": "error", "code": outcome.code, "message": outcome.message,
-                                     "retryable": STREAM_ERRORS[outcome.code][0]}
-        else:
-            total = len(self.texts) + 1
-            lines.append(encode_chunk(self.held, total, True, timestamp))
-            gained = 2 if self.texts or self.held else 0
-            event = {"type": "complete", "finish_reason": outcome.reason, "total_chunks": total,
-                     "processing_time": (now - self.started) / 1e6, "message_count": self.context_messages + gained}
-            if outcome.usage:
-                event["usage"] = outcome.usage
-        lines.append(encode(**event, session_id=self.session.session_id, turn_id=self.turn_id, timestamp=timestamp))
-        return lines
-
-    def keep(self, ending: list[bytes], now: int) -> KeptTurn:
-        """The turn as the history keeps it."""
-        log = zlib.compress(b"".join([*self.lines, *ending]), 1)
-        return KeptTurn(self.turn_id, self.message, "".join(self.texts) + self.held, self.timestamp(self.started),
-                        self.timestamp(now), log)
+            retryable = STREAM_ERRORS[outcome.code][0]
+            return [encode(type="error", code=outcome.code, message=outcome.message, retryable=retryable, **ids)]
+        count = self.context_messages + (2 if self.texts or self.held else 0)
+        usage = {"usage": outcome.usage} if outcome.usage else {}
+        total = len(self.texts) + 1
+        return [encode_chunk(self.held, total, True, self.timestamp(now)), encode(
+            type="complete", finish_reason=outcome.reason, total_chunks=total,
+            processing_time=(now - self.started) / 1e6, message_count=count, **usage, **ids)]
 
     def finish(self, state: str, ending: list[bytes], now: int) -> None:
-        """End the turn. (`changed` and Sessions.lock are held.)"""
+        """End the turn. (`changed` is held.)"""
         for line in ending:
             self._append(now, line)
         self.state = state
@@ -335,24 +328,22 @@ class Turn:
                 if not self.readers:
                     self.deserted = clock()
 
-    def _follow(self, at: int, heartbeat: int) -> Iterator[list[bytes]]:
+    def _follow(self, at: int, heartbeat: int) -> Generator[list[bytes]]:
         spoken, running = clock(), True
         while running:
             with self.changed:
-                running = self.state == "running"
+                now, running = clock(), self.state == "running"
                 if not running:
                     at = min(at, len(self.lines) - 1)  # the terminal event comes whatever `after` was
-                due = bisect_right(self.moments, clock(), min(at, len(self.moments)))
+                due = bisect_right(self.moments, now, min(at, len(self.moments)))
                 lines, following = self.lines[at:due], self.moments[at : at + 1]
-                silence = clock() - spoken
-                waits = running and not lines and silence < heartbeat
+                rest = spoken + heartbeat - now
+                waits = running and not lines and rest > 0
                 if waits and not following:
-                    self.changed.wait((heartbeat - silence) / 1e6)
+                    self.changed.wait(rest / 1e6)
                     continue
-            if waits:
-                # The next moment is known. A sleep costs half of a wait on the Condition.
-                rest = min(following[0] - clock(), heartbeat - silence, 100_000)
-                time.sleep(max(rest, 0) / 1e6)
+            if waits:  # for a moment that is known: a sleep costs half of a wait on the Condition
+                time.sleep(max(min(following[0] - clock(), rest, 100_000), 0) / 1e6)
                 continue
             yield lines
             at, spoken = at + len(lines), clock()
@@ -366,53 +357,15 @@ def split(piece: str, words: int) -> list[str]:
     size = LIMITS["chunk"]
     piece = re.sub("[\ud800-\udfff]", "\ufffd", piece)
     texts = re.findall(rf"\s*(?:\S+\s*){{1,{min(words, size)}}}|\s+", piece)
-    if len(piece) <= size:
+    if len(max(texts, key=len, default="")) <= size:
         return texts
     return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
 
 
-def run_model(turn: Turn, model: Model, history: list[Message], words: int) -> Finish | Failure:
-    """Run a model into a turn until it is done or the turn has ended, and return how the model ended."""
-    finish = Finish("stop")
-    try:
-        turn.pieces = model(history)
-        if turn.state == "running":  # otherwise it ended before close_model() could see the pieces
-            for piece in turn.pieces:
-                if turn.state != "running":
-                    break
-                if isinstance(piece, Finish):
-                    finish = piece
-                else:
-                    turn.add(split(piece, words))
-        if turn.state != "running":
-            close_model(turn)
-    except Failure as failure:
-        return failure
-    except BaseException as error:  # sys.exit() in a model ends only its turn
-        bug = Failure("model_error")
-        bug.__cause__ = error
-        return bug
-    finally:
-        turn.pieces = None
-    if turn.texts:
-        return finish
-    if finish.reason == "content_filter":
-        return Failure("model_blocked", f"The model's service blocked the message or the answer ({finish.word}).")
-    return Failure("model_error", f"The model ended its answer without any text ({finish.word}).")
-
-
-def close_model(turn: Turn) -> None:
-    """Close the model's iterator. One that is at work and cannot be closed goes on until it returns."""
-    close = getattr(turn.pieces, "close", None)
-    if close:
-        with suppress(Exception):  # a generator that is at work raises ValueError
-            close()
-
-
-# ---- sessions: who may begin a turn, and what is remembered. It does not depend on HTTP. -----------------------------
+# ---- sessions: who may begin a turn, and what is remembered. It does not depend on HTTP. ----------------------
 #
 # Two locks, taken in this order: each Turn's `changed`, and Sessions.lock, which guards the dict of sessions, their
-# histories and the counters. Neither is held while the disk is waited for: _alone() keeps others out of the session.
+# histories and the counters. Neither is held while the disk is waited for: alone() keeps others out of a session.
 
 
 class Message(NamedTuple):
@@ -434,11 +387,8 @@ class KeptTurn(NamedTuple):
     ended: str
     log: bytes  # its lines, compressed
 
-    @property
-    def state(self) -> str:
-        return "complete"
-
     def lines(self) -> list[bytes]:
+        """The log."""
         return zlib.decompress(self.log).splitlines(keepends=True)
 
     def follow(self, after: int, heartbeat: float) -> Generator[list[bytes]]:
@@ -448,24 +398,26 @@ class KeptTurn(NamedTuple):
 
 
 class Session:
-    """One conversation: an id, a model, a history, and at most one running turn. Guarded by Sessions.lock."""
+    """One conversation: an id, a model, a history, and at most one running turn."""
 
     __slots__ = ("created_at", "history", "last_activity", "latest", "model", "session_id")
 
     def __init__(self, session_id: str, model: str, created_at: int, last_activity: int) -> None:
         """The times are microseconds since 1970."""
-        self.session_id, self.model, self.created_at, self.last_activity = session_id, model, created_at, last_activity
+        self.session_id, self.model = session_id, model
+        self.created_at, self.last_activity = created_at, last_activity
         self.history: list[KeptTurn] = []
         self.latest: Turn | KeptTurn | None = None  # the latest turn since the server started
 
-    @property
     def running_turn(self) -> Turn | None:
+        """The turn that keeps this session busy."""
         return self.latest if isinstance(self.latest, Turn) and self.latest.state == "running" else None
 
-    def find(self, turn_id: str | None) -> Turn | KeptTurn | None:
-        """The turn with this id that is running or kept. A failed one is run again, so it is not found."""
-        if self.latest and self.latest.turn_id == turn_id and self.latest.state != "failed":
-            return self.latest
+    def find(self, turn_id: str) -> Turn | KeptTurn | None:
+        """The turn with this id that is running or kept. A failed one is not found, since it is run again."""
+        latest = self.latest
+        if isinstance(latest, Turn) and latest.turn_id == turn_id and latest.state != "failed":
+            return latest
         return next((turn for turn in reversed(self.history) if turn.turn_id == turn_id), None)
 
     def messages(self) -> list[Message]:
@@ -474,114 +426,104 @@ class Session:
             Message("user", turn.message, turn.started, turn.turn_id),
             Message("model", turn.answer, turn.ended, turn.turn_id))]
 
-    def summary(self) -> dict[str, Any]:
-        """What GET /sessions and GET /sessions/{session_id} both say of it."""
-        return {"session_id": self.session_id, "model": self.model, "message_count": 2 * len(self.history),
-                "created_at": stamp(self.created_at), "last_activity": stamp(self.last_activity),
-                "streaming": self.running_turn is not None}
-
-    def age(self) -> float:
-        """Seconds since it was made; 0 if the wall clock was set back to before that."""
-        return max(0, wall_clock() - self.created_at) / 1e6
-
 
 class Sessions:
-    """The lock-guarded dict of all sessions, and the counters."""
+    """The lock-guarded dict of all sessions, and the counters. Its methods raise Refused and DatabaseError."""
 
     def __init__(self, settings: argparse.Namespace, console: Console, database: Database | None) -> None:
         self.settings, self.console, self.database = settings, console, database
         self.lock = threading.Condition()
         self.sessions = database.sessions if database else {}
-        self.writing: set[str] = set()  # ids of the sessions that _alone() has given to somebody
+        self.taken: set[str] = set()  # ids of the sessions that alone() has given to a thread
         self.closing = False  # when true, no session is made and no turn begins
-        self.start_time, self.started = wall_clock(), clock()
         self.running: dict[Turn, None] = {}  # in the order of their start
         self.models = 0  # threads that run a model, some of them for turns that have ended
-        self.successful = self.failed = self.sessions_created = self.chunks = self.bytes = self.readers = 0
+        self.successful = self.failed = self.created = self.chunks = self.bytes = 0
         self.response_time = 0.0  # seconds, of all turns that have ended
         self.first_chunks: deque[float] = deque(maxlen=1000)  # seconds from the start of a turn to its first chunk
 
     def get(self, session_id: str) -> Session:
-        """Raises Refused: session_not_found."""
+        """The session. Raises Refused: session_not_found."""
         session = self.sessions.get(session_id)
         if session is None:
             raise Refused("session_not_found", "There is no such session. GET /sessions lists the existing ones.")
         return session
 
     @contextmanager
-    def _alone(self, session_id: str) -> Iterator[None]:
-        """Let one thread at a time begin or end a turn in a session, or make, clear or delete it; the others wait."""
+    def alone(self, session_id: str) -> Iterator[None]:
+        """Let one thread at a time begin or end a turn in a session, or make, clear or delete it; others wait."""
         with self.lock:
-            while session_id in self.writing:
+            while session_id in self.taken:
                 self.lock.wait()
-            self.writing.add(session_id)
+            self.taken.add(session_id)
         try:
             yield
         finally:
             with self.lock:
-                self.writing.remove(session_id)
+                self.taken.remove(session_id)
                 self.lock.notify_all()
 
     def create(self, session_id: str, model: str) -> Session:
-        """A new session. Raises Refused: session_exists, overloaded; DatabaseError."""
-        with self._alone(session_id):
+        """A new session. Raises Refused: session_exists, overloaded."""
+        with self.alone(session_id):
             if session_id in self.sessions:
                 raise Refused("session_exists", f"The session {session_id} exists. Choose another session_id.")
+            self._check_open()
             return self._add(session_id, model)
 
-    def _add(self, session_id: str, model: str) -> Session:
+    def _check_open(self) -> None:
         if self.closing:
             raise Refused("overloaded", "The server is shutting down. Try again when it is back.")
+
+    def _add(self, session_id: str, model: str) -> Session:
         if len(self.sessions) >= LIMITS["sessions"]:
-            raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one that you do not need.")
+            raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one of them.")
         now = wall_clock()
         session = Session(session_id, model, now, now)
         if self.database:
             self.database.add_session(session)
         with self.lock:
             self.sessions[session_id] = session
-            self.sessions_created += 1
+            self.created += 1
         return session
 
     def begin(self, message: str, session_id: str, turn_id: str | None, client: str) -> Turn | KeptTurn:
         """The turn that a POST follows: the one that it repeats, or a new one.
 
-        Raises Refused: turn_id_reused, session_busy, overloaded; DatabaseError.
+        Raises Refused: turn_id_reused, session_busy, overloaded.
         """
-        with self._alone(session_id):
+        with self.alone(session_id):
             session = self.sessions.get(session_id)
             known = session.find(turn_id) if session and turn_id else None
+            if known and known.message != message:
+                raise Refused("turn_id_reused", f"The turn {turn_id} has another message. Choose a new turn_id.")
             if known:
-                if known.message != message:
-                    raise Refused("turn_id_reused", f"The turn {turn_id} has another message. Choose a new turn_id.")
                 return known
-            if session and session.running_turn:
+            if session and session.running_turn():
                 raise Refused("session_busy", "A turn is running in this session. Wait for its end, or stop it.")
+            self._check_open()
             if self.models >= self.settings.max_connections:
                 raise Refused("overloaded", "Too many turns are running. Try again in a moment.")
             created = session is None
             session = session or self._add(session_id, self.settings.model)
-            turn = self._begin(session, turn_id or str(uuid.uuid4()), message, created, client)
-        self.console.log("stream_started", {
-            "Client IP": client, "Session": session_id, "Turn": turn.turn_id, "Message": message,
-            "Active Streams": len(self.running), "Transfer-Encoding": "chunked"})
-        return turn
+            turn = Turn(session, turn_id or str(uuid.uuid4()), message, created, self.settings.chunk_delay, client)
+            self._start(turn)
+            return turn
 
-    def _begin(self, session: Session, turn_id: str, message: str, created: bool, client: str) -> Turn:
+    def _start(self, turn: Turn) -> None:
+        session = turn.session
         with self.lock:
-            if self.closing:
-                raise Refused("overloaded", "The server is shutting down. Try again when it is back.")
-            turn = Turn(session, turn_id, message, created, self.settings.chunk_delay, client)
-            history = [*session.messages(), Message("user", message, turn.timestamp(turn.started), turn_id)]
-            session.latest, session.last_activity = turn, wall_clock()
+            question = Message("user", turn.message, turn.timestamp(turn.started), turn.turn_id)
+            history = [*session.messages(), question]
+            session.latest, session.last_activity = turn, turn.epoch + turn.started
             self.running[turn] = None
             self.models += 1
+        self.console.turn_started(turn, len(self.running))
         try:
             _thread.start_new_thread(self._run, (turn, history))  # Thread.start() would wait until it runs
         except RuntimeError as error:  # the system has no thread left
             self.models -= 1
             self._end(turn, Failure("internal_error", f"The server is out of resources ({error}). Try again."))
-        return turn
 
     def _run(self, turn: Turn, history: list[Message]) -> None:
         """Run the session's model into the turn, in a thread of its own."""
@@ -594,42 +536,41 @@ class Sessions:
             with self.lock:
                 self.models -= 1
 
-    def end(self, turn: Turn, outcome: Finish | Failure) -> bool:
+    def end(self, turn: Turn, outcome: Outcome) -> bool:
         """End a turn in one step: last lines, history, counters, and the session is free. The first end wins.
 
         The turn is on disk before anybody can read that it is complete. If it cannot be written, it fails.
         """
-        with self._alone(turn.session.session_id):
+        with self.alone(turn.session.session_id):
             return self._end(turn, outcome)
 
-    def _end(self, turn: Turn, outcome: Finish | Failure) -> bool:
+    def _end(self, turn: Turn, outcome: Outcome) -> bool:
         if turn.state != "running":
             return False
-        now = turn.truncate(outcome == STOPPED)
-        kept, ending = None, turn.ending(outcome, now)
+        session, kept = turn.session, None
+        now = turn.close(is_stop=outcome == STOPPED)
+        ending = turn.ending(outcome, now)
         if isinstance(outcome, Finish) and (turn.texts or turn.held):
-            kept = turn.keep(ending, now)
+            kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.held,
+                            turn.timestamp(turn.started), turn.timestamp(now),
+                            zlib.compress(b"".join([*turn.lines, *ending]), 1))
             try:
                 if self.database:
-                    self.database.add_turn(turn.session.session_id, kept, turn.epoch + now)
+                    self.database.add_turn(session.session_id, kept, turn.epoch + now)
             except DatabaseError as error:
                 self.console.trouble(error)
                 kept, outcome = None, Failure("internal_error")
                 ending = turn.ending(outcome, now)
         with turn.changed, self.lock:
             turn.finish("failed" if isinstance(outcome, Failure) else "complete", ending, now)
-            self._remember(turn, kept, now)
+            if kept:
+                session.history.append(kept)
+            session.latest, session.last_activity = kept or turn, turn.epoch + now
             self._count(turn, now)
-        self._log_end(turn, outcome, now)
+        self.console.turn_ended(turn, outcome, now, len(self.running))
         if turn.pieces is not None:
             _thread.start_new_thread(close_model, (turn,))  # its close() may block
         return True
-
-    def _remember(self, turn: Turn, kept: KeptTurn | None, now: int) -> None:
-        session = turn.session
-        if kept:
-            session.history.append(kept)
-        session.latest, session.last_activity = kept or turn, turn.epoch + now
 
     def _count(self, turn: Turn, now: int) -> None:
         del self.running[turn]
@@ -637,105 +578,38 @@ class Sessions:
             self.successful += 1
         else:
             self.failed += 1
-        self.chunks += turn.chunks
+        self.chunks += turn.chunks()
         self.bytes += sum(map(len, turn.lines))
         self.response_time += (now - turn.started) / 1e6
         if turn.texts:
             self.first_chunks.append((turn.moments[OPENING] - turn.started) / 1e6)
 
-    def _log_chunks(self, turn: Turn) -> None:
-        """Log the chunks that were released since the last call. (`turn.changed` is held.)"""
-        if self.console.mode != "full":
-            return
-        released = min(turn.chunks, len(turn.texts))
-        for at in range(turn.logged, min(released, turn.logged + LIMITS["log_chunks"])):
-            row = {"Session": turn.session.session_id, "Turn": turn.turn_id, "Number": at + 1, "Text": turn.texts[at]}
-            self.console.log("chunk", row, turn.epoch + turn.moments[OPENING + at])
-        turn.logged = released
-
-    def _log_end(self, turn: Turn, outcome: Finish | Failure, now: int) -> None:
-        self._log_chunks(turn)
-        rows = {"Session": turn.session.session_id, "Turn": turn.turn_id, "Total Chunks": turn.chunks,
-                "Total Time": f"{(now - turn.started) / 1e6:.3f}s", "Active Streams": len(self.running)}
-        if isinstance(outcome, Failure):
-            rows |= {"Status": f"FAILED ({outcome.code})", "Detail": outcome.message}
-            self.console.log("stream_failed", rows)
-            if outcome.__cause__:
-                self.console.trouble(outcome.__cause__)
-        elif outcome == STOPPED:
-            self.console.log("stream_stopped", {**rows, "Status": "STOPPED"})
-        else:
-            self.console.log("stream_completed", {**rows, "Status": "SUCCESS", "Finish": outcome.reason})
-
     def stop(self, session_id: str, turn_id: str | None) -> bool:
-        """Stop the running turn if it is the one named, or if none is named. True if this ended a turn.
-
-        Raises Refused: session_not_found.
-        """
-        turn = self.get(session_id).running_turn
+        """Stop the running turn if it is the one named, or if none is named. True if this ended a turn."""
+        turn = self.get(session_id).running_turn()
         return turn is not None and turn_id in (None, turn.turn_id) and self.end(turn, STOPPED)
 
     def clear(self, session_id: str) -> None:
-        """Forget the history, and end a running turn. Raises Refused: session_not_found; DatabaseError."""
-        with self._alone(session_id):
-            self._empty(session_id, "session_cleared", self.database.clear if self.database else None)
+        """Forget the history, and end a running turn."""
+        with self.alone(session_id):
+            self._empty(session_id, "session_cleared", self.database and self.database.clear)
 
     def delete(self, session_id: str) -> None:
-        """Forget the session. Raises as clear() does."""
-        with self._alone(session_id):
-            self._empty(session_id, "session_deleted", self.database.delete if self.database else None)
+        """Forget the session, and end a running turn."""
+        with self.alone(session_id):
+            self._empty(session_id, "session_deleted", self.database and self.database.delete)
             with self.lock:
                 del self.sessions[session_id]
 
-    def _empty(self, session_id: str, code: str, write: Callable[[str, int], None] | None) -> None:
+    def _empty(self, session_id: str, code: str, write: Any) -> None:
         session, now = self.get(session_id), wall_clock()
         if write:
             write(session_id, now)
-        if session.running_turn:
-            self._end(session.running_turn, Failure(code))
+        turn = session.running_turn()
+        if turn:
+            self._end(turn, Failure(code))
         with self.lock:
             session.history, session.latest, session.last_activity = [], None, now
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Count a connection that is being sent a stream."""
-        with self.lock:
-            self.readers += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.readers -= 1
-
-    def health(self) -> dict[str, Any]:
-        """What GET /health answers."""
-        with self.lock:
-            return {
-                "status": "healthy", "model": self.settings.model,
-                "uptime_seconds": (clock() - self.started) // 1_000_000,
-                "total_requests": self.successful + self.failed + len(self.running),
-                "successful_requests": self.successful, "failed_requests": self.failed,
-                "active_sessions": len(self.sessions), "streaming_connections": self.readers,
-            }
-
-    def stats(self) -> dict[str, Any]:
-        """What GET /stats answers."""
-        with self.lock:
-            ended, first = max(self.successful + self.failed, 1), sorted(self.first_chunks) or [0]
-            return {
-                **self.health(),
-                "average_response_time": round(self.response_time / ended, 6), "start_time": stamp(self.start_time),
-                "total_sessions_created": self.sessions_created, "total_chunks": self.chunks,
-                "total_bytes": self.bytes, "average_chunks_per_stream": round(self.chunks / ended, 3),
-                "time_to_first_chunk": {f"p{percent}": first[len(first) * percent // 100] for percent in (50, 95)},
-                "streams": self.streams(), "framework": FRAMEWORK,
-            }
-
-    def streams(self) -> list[dict[str, Any]]:
-        """The running turns, as GET /stats and GET /debug show them."""
-        return [{"session_id": turn.session.session_id, "turn_id": turn.turn_id,
-                 "started": turn.timestamp(turn.started), "chunks": turn.chunks, "readers": turn.readers,
-                 "client": turn.client} for turn in list(self.running)]
 
     def sweep_forever(self) -> None:
         """Sweep ten times a second, in a thread of its own, so that it never delays accept()."""
@@ -750,56 +624,75 @@ class Sessions:
         """End the turns that have had no reader for the resume window, and those whose model is silent."""
         for turn in list(self.running):
             now = clock()
-            if not turn.readers and turn.deserted and now - turn.deserted >= self.settings.resume_window * 1e6:
+            if turn.deserted and not turn.readers and now - turn.deserted >= self.settings.resume_window * 1e6:
                 self.end(turn, STOPPED)
             elif turn.heard and now - turn.heard >= LIMITS["model_silence"] * 1e6:
                 silence = f"The model was silent for {LIMITS['model_silence']} s. Send the same request again."
                 self.end(turn, Failure("model_cut", silence))
             else:
-                with turn.changed:
-                    self._log_chunks(turn)
+                self.console.turn_goes_on(turn)
 
     def close(self) -> None:
-        """Begin no turn, give running ones their grace, end the rest, and give readers a second to get the end."""
+        """Begin no turn, give running ones their grace, and end the rest."""
         self.closing = True
         wait_until(lambda: not self.running, LIMITS["grace"])
         for turn in list(self.running):
             self.end(turn, Failure("server_shutdown"))
-        wait_until(lambda: not self.readers, 1)
 
 
-STOPPED = Finish("cancelled")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Return when the condition holds, or when the time is over."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-
-
-# ---- models: a model is called with a history and returns an iterator of pieces. The last item may be a Finish, without
-# ---- which it is `stop`. A model may raise Failure, and what it returns may have a close() for other threads to call.
+# ---- models: a model is called with a history and returns an iterator of pieces. Its end is `stop`, unless the
+# ---- last item is a Finish. It may raise Failure. What it returns may have a close() for other threads to call.
 
 Model = Callable[[list[Message]], Iterable[Any]]
 FUNCTIONS: dict[str, Model] = {}  # MODULE:FUNCTION of the command line
 
 
+def run_model(turn: Turn, model: Model, history: list[Message], words: int) -> Outcome:
+    """Run a model into a turn until it is done or the turn ends. Returns how the model ended."""
+    finish = Finish("stop")
+    try:
+        turn.pieces = model(history)
+        if turn.is_ending:  # since before close_model() could see the pieces
+            close_model(turn)
+            return finish
+        for piece in turn.pieces:
+            if turn.is_ending:
+                close_model(turn)
+                return finish
+            if isinstance(piece, Finish):
+                finish = piece
+            else:
+                turn.add(split(piece, words))
+    except Failure as failure:
+        return failure
+    except BaseException as error:  # sys.exit() in a model ends only its turn
+        bug = Failure("model_error")
+        bug.__cause__ = error
+        return bug
+    finally:
+        turn.pieces = None
+    if turn.texts:
+        return finish
+    if finish.reason == "content_filter":
+        return Failure("model_blocked", f"{STREAM_ERRORS['model_blocked'][1]} ({finish.word})")
+    return Failure("model_error", f"The model ended its answer without any text ({finish.word}).")
+
+
+def close_model(turn: Turn) -> None:
+    """Close the model's iterator. One that is at work and cannot be closed goes on until it returns."""
+    close = getattr(turn.pieces, "close", None)
+    if close:
+        with suppress(Exception):  # a generator that is at work raises ValueError
+            close()
+
+
 def call_model(model_id: str, history: list[Message]) -> Iterable[Any]:
     """The pieces of an answer. Raises Failure."""
-    if model_id == "offline":
-        return offline(history)
     if model_id in FUNCTIONS:
         return FUNCTIONS[model_id](history)
     if problem := model_problem(model_id):
         raise Failure("model_auth", problem)
-    return GeminiAnswer(model_id, history)
-
-
-def offline(history: list[Message]) -> Iterator[str]:
-    """A model without key, package and network: it repeats the message and says how many messages came before it."""
-    before = len(history) - 1
-    yield f"You said: {history[-1].text}\n\nThis is the offline model. {before} messages came before this one."
+    return offline(history) if model_id == "offline" else GeminiAnswer(model_id, history)
 
 
 def model_problem(model_id: str) -> str | None:
@@ -812,7 +705,7 @@ def model_problem(model_id: str) -> str | None:
     if not keys and not gemini_on_vertex():
         return f"{model_id} needs an API key: set GEMINI_API_KEY or GOOGLE_API_KEY, or use --model offline."
     if not all(key.isascii() and key.isprintable() for key in keys):
-        return "GEMINI_API_KEY or GOOGLE_API_KEY has characters that no key has: set it again, or use --model offline."
+        return "GEMINI_API_KEY or GOOGLE_API_KEY is not an API key: correct it, or use --model offline."
     from importlib.util import find_spec
 
     with suppress(ModuleNotFoundError):  # there is no google package to look into
@@ -821,22 +714,27 @@ def model_problem(model_id: str) -> str | None:
     return f"{model_id} needs google-genai: pip install google-genai, or use --model offline."
 
 
-def import_function(name: str) -> str | None:
-    """Put the function that MODULE:FUNCTION names into FUNCTIONS. The problem, as a sentence, or None."""
+def import_function(name: str) -> None:
+    """Put the function that MODULE:FUNCTION names into FUNCTIONS. It may raise anything."""
     from importlib import import_module
 
     module, _, function = name.partition(":")
     sys.path.append(os.getcwd())
-    try:
-        FUNCTIONS[name] = getattr(import_module(module), function)
-    except Exception as error:
-        return f"{name} cannot be imported ({type(error).__name__}: {error}). Name a MODULE:FUNCTION, or use " \
-               "--model offline."
-    return None if callable(FUNCTIONS[name]) else f"{name} is not a function. Use --model offline."
+    found = getattr(import_module(module), function)
+    if not callable(found):
+        raise TypeError("it is not a function")
+    FUNCTIONS[name] = found
 
 
-# Gemini, by google-genai's asynchronous client. One event loop, in a thread of its own, serves all turns: only a task can
-# be cancelled whatever it waits for, be it a connect, TLS, the head, the next event, or the pause before a retry.
+def offline(history: list[Message]) -> Iterator[str]:
+    """A model that needs no key: it repeats the message and says how many messages came before it."""
+    before = len(history) - 1
+    yield (f"You said: {history[-1].text}\n\n"
+           f"This is the offline model. {before} messages came before this one.")
+
+
+# Gemini, by google-genai's asynchronous client. One event loop, in a thread of its own, serves all turns: only a
+# task can be cancelled whatever it waits for, be it a connect, TLS, the head, the next event or a retry's pause.
 
 DEFAULT_GEMINI = "gemini-3.8-flash"
 GEMINI_STATUSES = {  # status: stream error code, and what to do about it; any other is model_error
@@ -846,9 +744,9 @@ GEMINI_STATUSES = {  # status: stream error code, and what to do about it; any o
     429: ("model_overloaded", "Too many requests, or the quota is used up. Try again later."),
     503: ("model_overloaded", "The model is overloaded. Try again later."),
 }
-GEMINI_FILTERS = ["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "ESCALATION",
-                  "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"]
-FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length", **dict.fromkeys(GEMINI_FILTERS, "content_filter")}
+FILTERS = ["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "ESCALATION",
+           "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"]
+FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length", **dict.fromkeys(FILTERS, "content_filter")}
 PROXIES = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"]
 NETWORK = [*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL"]
 MISCONFIGURED = re.compile("Proxy|UnsupportedProtocol|InvalidURL|Cert|ExceptionGroup")  # in names of exceptions
@@ -857,7 +755,8 @@ LOOKS_LIKE_A_KEY = re.compile(r"\b(AIza|AQ\.|ya29\.)[\w.-]{20,}")
 
 def gemini_keys() -> list[str]:
     """The keys that are set; the first one counts. White space around a key came with pasting it."""
-    return [key for name in ("GOOGLE_API_KEY", "GEMINI_API_KEY") if (key := os.environ.get(name, "").strip())]
+    keys = [os.environ.get(name, "").strip() for name in ("GOOGLE_API_KEY", "GEMINI_API_KEY")]
+    return [key for key in keys if key]
 
 
 def gemini_on_vertex() -> bool:
@@ -868,23 +767,24 @@ def gemini_on_vertex() -> bool:
 
 def choose_model() -> str:
     """The model if the command line names none."""
-    return os.environ.get("GENAI_MODEL_ID") or (DEFAULT_GEMINI if gemini_keys() or gemini_on_vertex() else "offline")
+    has_gemini = gemini_keys() or gemini_on_vertex()
+    return os.environ.get("GENAI_MODEL_ID") or (DEFAULT_GEMINI if has_gemini else "offline")
 
 
 class GeminiAnswer:
-    """The texts of one answer as they come, then a Finish. close() cancels the request at once, from any thread."""
+    """The texts of one answer as they come, then a Finish. close() cancels the request, from any thread."""
 
     starting = threading.Lock()
     loop: Any = None
 
     def __init__(self, model_id: str, history: list[Message]) -> None:
-        import asyncio  # comes with google-genai, and takes as long to import as all the rest of this server
+        import asyncio  # takes as long to import as all the rest, and comes with google-genai anyway
 
         with self.starting:
             if not self.loop:
                 GeminiAnswer.loop = asyncio.new_event_loop()
                 threading.Thread(target=self.loop.run_forever, name="gemini", daemon=True).start()
-        self.items: SimpleQueue[str | Finish | Failure | None] = SimpleQueue()  # None: it was closed
+        self.items: SimpleQueue[str | Outcome | None] = SimpleQueue()  # None: it was closed
         self.task = asyncio.run_coroutine_threadsafe(self._run(model_id, history), self.loop)
 
     def __iter__(self) -> Iterator[str | Finish]:
@@ -900,20 +800,18 @@ class GeminiAnswer:
         self.items.put(None)
 
     async def _run(self, model_id: str, history: list[Message]) -> None:
+        client = None
         try:
             client = gemini_client()
-        except Exception as error:
-            self.items.put(gemini_failure(model_id, error, at_setup=True))
-            return
-        try:
             self.items.put(await self._read(client, model_id, history))
         except Exception as error:
-            self.items.put(gemini_failure(model_id, error))
+            self.items.put(gemini_failure(model_id, error, at_setup=client is None))
 
-    async def _read(self, client: Any, model_id: str, history: list[Message]) -> Finish | Failure:
+    async def _read(self, client: Any, model_id: str, history: list[Message]) -> Outcome:
         contents = [{"role": message.role, "parts": [{"text": message.text}]} for message in history]
         usage, word = None, ""
-        async for response in await client.aio.models.generate_content_stream(model=model_id, contents=contents):
+        stream = await client.aio.models.generate_content_stream(model=model_id, contents=contents)
+        async for response in stream:
             self.items.put(response.text or "")
             usage, word = gemini_usage(response) or usage, gemini_word(response) or word
         if not word:
@@ -923,11 +821,11 @@ class GeminiAnswer:
 
 @cache
 def gemini_client() -> Any:
-    """One client for all turns: to make one takes 50 ms. It reads keys, Vertex and the API version from the environment.
+    """One client for all turns, since making one takes 50 ms. It reads its settings from the environment.
 
     Called in the event loop only.
     """
-    import logging  # loaded by the package
+    import logging
     import warnings
     from types import SimpleNamespace
 
@@ -937,7 +835,7 @@ def gemini_client() -> Any:
         os.environ[name] = os.environ[name].strip()
     from google import genai
 
-    # By default httpx lets turns over 100 at once wait for a connection. It takes any object with these names.
+    # By default httpx lets all turns but 100 wait for a connection. It takes any object with these names.
     limits = SimpleNamespace(max_connections=None, max_keepalive_connections=20, keepalive_expiry=5.0)
     retries = {"attempts": 3, "initial_delay": 0.5, "jitter": 0.5, "http_status_codes": [429, 500, 503]}
     options: Any = {"retry_options": retries, "async_client_args": {"limits": limits},
@@ -960,47 +858,48 @@ def gemini_usage(response: Any) -> dict[str, int] | None:
         return None
     given = usage.prompt_token_count or 0
     written = (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0)
-    return {"input_tokens": given, "output_tokens": written, "total_tokens": usage.total_token_count or given + written}
+    total = usage.total_token_count or given + written
+    return {"input_tokens": given, "output_tokens": written, "total_tokens": total}
 
 
-def gemini_failure(model_id: str, error: Any, at_setup: bool = False) -> Failure:
+def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
     """What google-genai, its transport or Google's login raised, as the failure of a turn."""
-    kinds = ""
-    each: BaseException | None = error
-    while each:
-        kinds, each = f"{kinds} {type(each).__module__}.{type(each).__name__}", each.__cause__ or each.__context__
-    text = without_keys(str(error))
+    name, text, kinds = type(error).__name__, without_keys(str(error)), ""
+    cause: BaseException | None = error
+    while cause:
+        kinds += f" {type(cause).__module__}.{type(cause).__name__}"
+        cause = cause.__cause__ or cause.__context__
     status = getattr(error, "code", None)
     if isinstance(status, int):
-        status = 401 if status == 400 and "API_KEY_INVALID" in str(error) else status
-        code, advice = GEMINI_STATUSES.get(status, ("model_error", "The request failed."))
+        is_bad_key = status == 400 and "API_KEY_INVALID" in str(error)
+        code, advice = GEMINI_STATUSES.get(401 if is_bad_key else status, ("model_error", "The request failed."))
         said = without_keys(str(error.message or error.status or "no reason"))
-        return Failure(code, f"{model_id}: {advice} Gemini said: {error.code}, {said}")
-    if "google.auth" in kinds and "TransportError" not in kinds:
+        return Failure(code, f"{model_id}: {advice} Gemini said: {status}, {said}")
+    if "google.auth" in kinds and name != "TransportError":
         return Failure("model_auth", f"{model_id}: The Google Cloud credentials do not work: {text}")
     here = [name for name in NETWORK if os.environ.get(name) or os.environ.get(name.lower())]
     unreachable_proxy = "Connect" in kinds and set(here) & set(PROXIES)
     if at_setup or unreachable_proxy or MISCONFIGURED.search(kinds):
         advice = f"Check {', '.join(NETWORK)} (set here: {', '.join(here) or 'none'})."
-        return Failure("model_error", f"{model_id}: No connection works with this configuration: {text}. {advice}")
-    return Failure("model_cut", f"{model_id}: The connection broke, or could not be made ({type(error).__name__}).")
+        return Failure("model_error", f"{model_id}: This configuration cannot work ({name}: {text}). {advice}")
+    return Failure("model_cut", f"{model_id}: The connection broke or could not be made ({name}).")
 
 
 def without_keys(text: str) -> str:
-    """A text of the service on one line, without keys. It is shortened last, so that no half of a key is left."""
+    """A text of the service on one line, without keys, and then shortened: so no half of a key is left."""
     for key in sorted(gemini_keys(), key=len, reverse=True):
         text = text.replace(key, "[key]")
     return " ".join(LOOKS_LIKE_A_KEY.sub("[key]", text).split())[:600].rstrip(".")
 
 
-# ---- database: what --db keeps, in a file of SQLite. It is read once, at start; after that it is only written. -------
+# ---- database: what --db keeps, in a file of SQLite. It is read once, at start, and after that only written. --
 
 APPLICATION_ID = int.from_bytes(b"SCht", "big")  # in the header of the file: whose it is
 SCHEMA_VERSION = 2
 SCHEMA = f"""
 CREATE TABLE sessions (session_id TEXT PRIMARY KEY, model TEXT, created_at INTEGER, last_activity INTEGER);
-CREATE TABLE turns (session_id TEXT, turn_id TEXT, message TEXT, answer TEXT, started TEXT, ended TEXT, log BLOB,
-                    PRIMARY KEY (session_id, turn_id));
+CREATE TABLE turns (session_id TEXT, turn_id TEXT, message TEXT, answer TEXT, started TEXT, ended TEXT,
+                    log BLOB, PRIMARY KEY (session_id, turn_id));
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 PRAGMA journal_mode = WAL;
@@ -1008,21 +907,21 @@ PRAGMA journal_mode = WAL;
 
 
 class DatabaseError(Exception):
-    """Why the file of --db cannot be opened, read or written, as a sentence. Nothing has changed then."""
+    """Why the file of --db cannot be opened or written, as a sentence. Nothing has changed then."""
 
 
 class Database:
-    """The file of --db. One server has it at a time; other programs may read it."""
+    """The file of --db. One server has it at a time; other programs may read it. Methods raise DatabaseError."""
 
     def __init__(self, file: str) -> None:
-        """Raises DatabaseError; then the file is as it was."""
         import sqlite3  # not needed without --db, and some builds of Python lack it
 
         self.path = Path(file).resolve()
         self.lock = threading.Lock()
         try:
-            self.owner = self._connect(f"{self.path}-lock")  # another file, so that other programs can read this one
-            self.owner.execute("BEGIN EXCLUSIVE")  # ends with the process, however that ends
+            # The lock is on a file of its own, so that others can read this one. It ends with the process.
+            self.owner = self._connect(f"{self.path}-lock")
+            self.owner.execute("BEGIN EXCLUSIVE")
             has_log = Path(f"{self.path}-wal").exists()  # left by a kill: SQLite will read it
             if not has_log and not (self.path.exists() and self.path.stat().st_size):
                 self._make()
@@ -1043,7 +942,7 @@ class Database:
         return sqlite3.connect(path, timeout=1, check_same_thread=False)
 
     def _make(self) -> None:
-        """Make the file under another name first, so that a kill leaves no half of one."""
+        """Make the file under another name first, so that a kill never leaves a half-made one."""
         new = Path(f"{self.path}-new")
         new.unlink(missing_ok=True)
         with closing(self._connect(new)) as connection:
@@ -1051,7 +950,7 @@ class Database:
         new.replace(self.path)
 
     def _check_header(self) -> None:
-        """Look at the file without SQLite, which would mend and change what is not ours. (sqlite.org/fileformat.html)"""
+        """Look at the header (sqlite.org/fileformat.html) without SQLite, which would change what is not ours."""
         with self.path.open("rb") as file:
             header = file.read(100)
         if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
@@ -1061,7 +960,7 @@ class Database:
             raise OSError("it belongs to another program")
         if version != SCHEMA_VERSION:
             age = "a newer" if version > SCHEMA_VERSION else "an older"
-            raise OSError(f"{age} version of this program made it (its schema is {version}, not {SCHEMA_VERSION})")
+            raise OSError(f"{age} version of this program made it (schema {version}, not {SCHEMA_VERSION})")
         if self.path.stat().st_size % page_size:
             raise OSError("its end is missing")
 
@@ -1075,14 +974,14 @@ class Database:
                 raise OSError(f"it is damaged ({' '.join(damage.split())})")
             rows = found.execute("SELECT session_id, model, created_at, last_activity FROM sessions")
             sessions = {row[0]: Session(*row) for row in rows}
-            rows = found.execute("SELECT session_id, turn_id, message, answer, started, ended, log FROM turns "
-                                 "ORDER BY rowid")
+            rows = found.execute("SELECT session_id, turn_id, message, answer, started, ended, log "
+                                 "FROM turns ORDER BY rowid")
             for session_id, *turn in rows:
                 sessions[session_id].history.append(KeptTurn(*turn))
         return sessions
 
     def _write(self, *statements: tuple[str, tuple]) -> None:
-        """Execute them in one transaction. It is on disk when this returns. Raises DatabaseError."""
+        """Execute them in one transaction, which is on disk when this returns."""
         import sqlite3
 
         with self.lock:
@@ -1091,12 +990,11 @@ class Database:
                     for statement, values in statements:
                         self.connection.execute(statement, values)
             except sqlite3.Error as error:
-                with suppress(sqlite3.Error):  # what a COMMIT that failed left in FILE-wal must not come back
+                with suppress(sqlite3.Error):  # so that nothing of a failed COMMIT comes back from FILE-wal
                     self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 raise DatabaseError(f"cannot write {self.path}: {error}") from None
 
     def add_session(self, session: Session) -> None:
-        """Raises DatabaseError, as the other methods do."""
         self._write(("INSERT INTO sessions VALUES (?, ?, ?, ?)",
                      (session.session_id, session.model, session.created_at, session.last_activity)))
 
@@ -1119,7 +1017,7 @@ class Database:
             self.owner.close()
 
 
-# ---- console: banner, boxes and log lines ----------------------------------------------------------------------------
+# ---- console: banner, boxes and log lines ---------------------------------------------------------------------
 
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 WIDTH = 62  # columns inside a box
@@ -1173,8 +1071,8 @@ def banner(rows: dict[str, str]) -> str:
 class Console:
     """Writes what happens: boxes at a terminal, otherwise a line of key=value for each event.
 
-    A thread of its own writes, so that a terminal that takes nothing (a full pipe, Ctrl-S) delays no turn. More than
-    LIMITS["console"] waiting texts are dropped.
+    A thread of its own writes, so that a terminal that takes nothing (a full pipe, Ctrl-S) delays no turn. More
+    than LIMITS["console"] waiting texts are dropped.
     """
 
     def __init__(self, mode: str) -> None:
@@ -1183,7 +1081,7 @@ class Console:
         self.colour = self.pretty and not os.environ.get("NO_COLOR")
         if self.colour and os.name == "nt":
             os.system("")  # makes a Windows console read escape sequences
-        self.errors: deque[dict[str, Any]] = deque(maxlen=20)
+        self.errors: deque[str] = deque(maxlen=20)
         self.queue: Queue[tuple[Any, str] | None] = Queue(LIMITS["console"])
         self.writer = threading.Thread(target=self._write, name="console", daemon=True)
         self.writer.start()
@@ -1209,19 +1107,49 @@ class Console:
         """Log an event, at a moment of wall_clock() (default: now). The mode `brief` leaves out texts."""
         if self.mode == "off":
             return
-        at = at or wall_clock()
         if self.mode == "brief":
             rows = {name: value for name, value in rows.items() if name not in ("Message", "Detail")}
-        self.print(self._pretty(event, rows, at) if self.pretty else plain(event, rows, at))
+        write = self._pretty if self.pretty else plain
+        self.print(write(event, rows, at or wall_clock()))
 
     def trouble(self, error: BaseException) -> None:
-        """Log what somebody must mend, on standard error, whatever the mode: a bug with its traceback."""
-        rows = {"Error": f"{type(error).__name__}: {error}"}
-        self.errors.append({"timestamp": stamp(wall_clock()), "error": rows["Error"]})
-        lines = [plain("trouble", rows, wall_clock())]
+        """Log what somebody must mend, on standard error, whatever the mode. A bug comes with its traceback."""
+        lines = [plain("trouble", {"Error": f"{type(error).__name__}: {error}"}, wall_clock())]
+        self.errors.append(lines[0])
         if not isinstance(error, DatabaseError):
             lines += map(escape, "".join(traceback.format_exception(error)).splitlines())
         self.print("\n".join(lines), sys.stderr)
+
+    def turn_started(self, turn: Turn, active: int) -> None:
+        """Log the start of a turn. `active` turns are running."""
+        self.log("stream_started", {
+            "Client IP": turn.client, "Session": turn.session.session_id, "Turn": turn.turn_id,
+            "Message": turn.message, "Active Streams": active, "Transfer-Encoding": "chunked"})
+
+    def turn_goes_on(self, turn: Turn) -> None:
+        """Log the chunks that were released since the last call."""
+        if self.mode != "full":
+            return
+        with turn.changed:
+            first, turn.logged = turn.logged, min(turn.chunks(), len(turn.texts))
+            for at in range(first, min(turn.logged, first + LIMITS["log_chunks"])):
+                row = {"Session": turn.session.session_id, "Number": at + 1, "Text": turn.texts[at]}
+                self.log("chunk", row, turn.epoch + turn.moments[OPENING + at])
+
+    def turn_ended(self, turn: Turn, outcome: Outcome, now: int, active: int) -> None:
+        """Log the end of a turn."""
+        self.turn_goes_on(turn)
+        rows = {"Session": turn.session.session_id, "Turn": turn.turn_id, "Total Chunks": turn.chunks(),
+                "Total Time": f"{(now - turn.started) / 1e6:.3f}s", "Active Streams": active}
+        if isinstance(outcome, Failure):
+            self.errors.append(f"{stamp(turn.epoch + now)} {outcome.code}: {outcome.message}")
+            self.log("stream_failed", {**rows, "Status": f"FAILED ({outcome.code})", "Detail": outcome.message})
+            if outcome.__cause__:
+                self.trouble(outcome.__cause__)
+        elif outcome == STOPPED:
+            self.log("stream_stopped", {**rows, "Status": "STOPPED"})
+        else:
+            self.log("stream_completed", {**rows, "Status": "SUCCESS"})
 
     def _pretty(self, event: str, rows: dict[str, Any], at: int) -> str:
         rows = {name: escape(str(value)) for name, value in rows.items()}
@@ -1230,13 +1158,13 @@ class Console:
             return f"📡 [{time_of_day}] Chunk #{rows['Number']}: \"{fit(rows['Text'], 60).rstrip()}\""
         if event not in BOXES:
             words = " ".join(f"{name}: {value}" for name, value in rows.items())
-            return self._paint("2", f"[{time_of_day}] {event.replace('_', ' ')}  {words}")
+            return self._paint("2", f"[{time_of_day}] {event.replace('_', ' ')} {words}")
         colour, title = BOXES[event]
         detail = rows.pop("Detail", "")
+        rows.pop("Turn", None)
         if "Session" in rows:
             rows["Session"] = fit(rows["Session"], 11).rstrip()
-        text = f"{box(f'{title} [{time_of_day}]', rows)}\n{detail}"
-        return self._paint(colour, text)
+        return self._paint(colour, f"\n{box(f'{title} [{time_of_day}]', rows)}\n{detail}".rstrip())
 
     def _paint(self, colour: str, text: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour else text
@@ -1244,33 +1172,37 @@ class Console:
 
 def plain(event: str, rows: dict[str, Any], at: int) -> str:
     """An event as a log line: a timestamp, the event and key=value for each row."""
-    words = [f"{re.sub('[ -]', '_', name.lower())}={_word(str(value))}" for name, value in rows.items()]
+    words = [f"{re.sub('[ -]', '_', name.lower())}={word(str(value))}" for name, value in rows.items()]
     return f"{stamp(at)} {event} {' '.join(words)}"
 
 
-def _word(text: str) -> str:
+def word(text: str) -> str:
     """A value in a log line: bare if it is one plain word, otherwise in quotes, with escapes, and not too long."""
+    if re.fullmatch(r"[\w.:/+-]{1,100}", text, re.ASCII):
+        return text
     if len(text) > LIMITS["log_text"]:
         text = text[: LIMITS["log_text"]] + "..."
-    return text if re.fullmatch(r"[\w.:/+-]+", text, re.ASCII) else escape(json.dumps(text, ensure_ascii=False))
+    return escape(json.dumps(text, ensure_ascii=False))
 
 
-# ---- requests: from bytes to a request whose head and body have passed the checks. They raise Refused. ---------------
+# ---- requests: from bytes to a request whose head and body have passed the checks. They raise Refused. --------
 
 NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # of a method or a field: `token` in RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rf"({NAME}) ([!\"$-~]+) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(rf"({NAME}):(.*)")
-TARGET = re.compile(r"(?:https?://([^/?]+))?(/[^?]*)?(?:\?(.*))?", re.IGNORECASE)
+URL = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+))(?::[0-9]{0,5})?")
 BROKEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")  # controls, a bare CR, a bare LF
+DIGITS = re.compile("[0-9]+")
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # https: behind a proxy
+JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")  # the second is curl's, with -d
 
 
-class Request:
-    """A request whose head follows the grammar (RFC 9112, sections 2 to 6)."""
+class Head:
+    """The head of a request that follows the grammar (RFC 9112, sections 2 to 6)."""
 
     def __init__(self, head: bytes) -> None:
-        """`head` is the head without the empty line at its end. Raises Refused."""
+        """`head` has no control characters but CRLF, and not the empty line at its end. Raises Refused."""
         first, *rows = head.decode("latin-1").split("\r\n")
         match = REQUEST_LINE.fullmatch(first)
         if not match:
@@ -1280,67 +1212,44 @@ class Request:
             raise Refused("version_not_supported", "This server speaks HTTP/1.1.")
         self.is_1_0 = minor == "0"  # any later 1.x is served as 1.1: RFC 9110, section 2.5
         self.headers = parse_fields(rows)
+        self.host = self._check_host()
         authority, self.path, self.query = parse_target(target)
-        host = check_host_field(self.is_1_0, self.headers.get("host"))
-        self.host = authority or host
-        self.codings = elements(self.headers.get("transfer-encoding", ""))
+        self.host = authority or self.host
+        self.codings = self.elements("transfer-encoding")
         self.length = self._check_framing()
-        self.params: dict[str, str] = {}  # from the path
-        self.fields: dict[str, Any] = {}  # of the JSON body
-        self.client = ""  # IP address
+        self.has_body = bool(self.codings or self.length)
+        self.closes = self.is_1_0 or "close" in self.elements("connection")  # RFC 9112, section 9.6
+        expects = "100-continue" in self.elements("expect")  # RFC 9110, section 10.1.1
+        self.expects_continue = expects and self.length > 0 and not self.is_1_0
+
+    def elements(self, name: str) -> list[str]:
+        """The elements of a field that is a list (RFC 9110, section 5.6.1), in lower case."""
+        elements = [element.strip(" \t") for element in self.headers.get(name, "").lower().split(",")]
+        return [element for element in elements if element]
+
+    def _check_host(self) -> str:
+        """RFC 9112, section 3.2: one Host that follows the grammar. An HTTP/1.0 client may send none."""
+        host = self.headers.get("host")
+        if host is None and self.is_1_0:
+            return ""
+        if not host or not host_name(host):  # two of them are joined by a comma and a space
+            raise Refused("bad_request", "Send one Host field, with a name or an address and perhaps a port.")
+        return host
 
     def _check_framing(self) -> int:
         """The length of the body (RFC 9112, section 6). What could be read in two ways is refused."""
         length = self.headers.get("content-length", "0")
         if "transfer-encoding" in self.headers:
-            one_chunked_at_end = self.codings.count("chunked") == 1 and self.codings[-1] == "chunked"
-            if self.is_1_0 or "content-length" in self.headers or not one_chunked_at_end:
-                raise Refused("bad_request", "Send the body with one Content-Length and without Transfer-Encoding.")
-        if not re.fullmatch("[0-9]+", length):  # two fields are joined by a comma
+            ends_in_chunked = self.codings.count("chunked") == 1 and self.codings[-1] == "chunked"
+            if self.is_1_0 or "content-length" in self.headers or not ends_in_chunked:
+                raise Refused("bad_request", "Send the body with Content-Length, without Transfer-Encoding.")
+        if not DIGITS.fullmatch(length):  # two fields are joined by a comma
             raise Refused("bad_request", "Send one Content-Length, a number in digits.")
         return int(length.lstrip("0")[:18] or "0")  # more digits would be far too many, too
 
-    @property
-    def has_body(self) -> bool:
-        return bool(self.codings or self.length)
-
-    @property
-    def closes(self) -> bool:
-        """Whether the connection is to be closed after the answer (RFC 9112, section 9.6)."""
-        return self.is_1_0 or "close" in elements(self.headers.get("connection", ""))
-
-    @property
-    def expects_continue(self) -> bool:
-        """Whether the client waits for 100 Continue (RFC 9110, section 10.1.1)."""
-        return self.length > 0 and not self.is_1_0 and "100-continue" in elements(self.headers.get("expect", ""))
-
-
-def parse_head(received: bytearray, known: int) -> tuple[Request, int] | None:
-    """The request whose head `received` begins with, and the size of the head; None if more of it must come.
-
-    `known` bytes were there at the last call. A head is judged when it is whole. Only control characters, a bare CR
-    or LF and a length above the limits are refused before. Raises Refused.
-    """
-    begin = 0
-    while begin < 4 and received.startswith(b"\r\n", begin):  # empty lines: RFC 9112, section 2.2
-        begin += 2
-    line_limit, head_limit = begin + LIMITS["request_line"], begin + LIMITS["head"]
-    in_request_line = received.find(b"\r\n", begin, line_limit) < 0
-    end = received.find(b"\r\n\r\n", begin, head_limit)
-    limit = line_limit if in_request_line else head_limit if end < 0 else end
-    if BROKEN.search(received, max(known - 1, 0), limit):  # the last byte that was known may have been a CR
-        raise Refused("bad_request", "A head has no control characters, and CR and LF only together, to end a line.")
-    if in_request_line and len(received) >= line_limit:
-        raise Refused("uri_too_long", f"The request line must have at most {LIMITS['request_line'] >> 10} KiB.")
-    if end < 0 and len(received) >= head_limit:
-        raise Refused("headers_too_large", f"The head must have at most {LIMITS['head'] >> 10} KiB.")
-    if end < 0:
-        return None
-    return Request(bytes(received[begin:end])), end + 4
-
 
 def parse_fields(rows: list[str]) -> dict[str, str]:
-    """Names in lower case and values (RFC 9112, section 5). The values of a repeated name are joined by a comma."""
+    """Names in lower case and values (RFC 9112, section 5). Values of a repeated name are joined by a comma."""
     if len(rows) > LIMITS["fields"]:
         raise Refused("headers_too_large", f"The head must have at most {LIMITS['fields']} fields.")
     headers: dict[str, str] = {}
@@ -1355,36 +1264,53 @@ def parse_fields(rows: list[str]) -> dict[str, str]:
 
 def parse_target(target: str) -> tuple[str, str, str]:
     """Authority (empty unless the target is a URL), path and query (RFC 9112, section 3.2)."""
-    match = TARGET.fullmatch(target)
-    if not match or not (match[1] or match[2]) or (match[1] and not host_name(match[1])):
+    authority, url = "", URL.fullmatch(target)
+    if url and host_name(url[1]):
+        authority, target = url[1], url[2] if url[2].startswith("/") else f"/{url[2]}"
+    if not target.startswith("/"):
         raise Refused("bad_request", f"A target is /PATH or http://HOST/PATH, which {target[:80]!r} is not.")
-    return match[1] or "", match[2] or "/", match[3] or ""
+    path, _, query = target.partition("?")
+    return authority, path, query
 
 
-def check_host_field(is_1_0: bool, host: str | None) -> str:
-    """RFC 9112, section 3.2: one Host field that follows the grammar. An HTTP/1.0 client may send none."""
-    if host is None and is_1_0:
-        return ""
-    if not host or not host_name(host):  # two of them are joined by a comma and a space
-        raise Refused("bad_request", "Send one Host field, with a name or an address and perhaps a port.")
-    return host
+@lru_cache(64)  # clients repeat themselves, and this is half of the work for a small request
+def parse_head(head: bytes) -> Head:
+    """Heads are never changed. Raises Refused."""
+    return Head(head)
 
 
-def elements(value: str) -> list[str]:
-    """The elements of a field that is a list (RFC 9110, section 5.6.1), in lower case."""
-    return [element for each in value.lower().split(",") if (element := each.strip(" \t"))]
+def read_head(received: bytearray, known: int) -> tuple[Head, int] | None:
+    """The head that `received` begins with, and its size; None if more of it must come.
+
+    A head is judged when it is whole. Only control characters, a bare CR or LF and a length above the limits are
+    refused before. `known` bytes were there at the last call. Raises Refused.
+    """
+    begin = 0
+    while begin < 4 and received.startswith(b"\r\n", begin):  # empty lines: RFC 9112, section 2.2
+        begin += 2
+    line_limit, head_limit = begin + LIMITS["request_line"], begin + LIMITS["head"]
+    in_request_line = received.find(b"\r\n", begin, line_limit) < 0
+    end = received.find(b"\r\n\r\n", begin, head_limit)
+    limit = line_limit if in_request_line else head_limit if end < 0 else end
+    if BROKEN.search(received, max(known - 1, 0), limit):  # the last byte that was known may have been a CR
+        raise Refused("bad_request", "A head has no control characters, and CR and LF only together.")
+    if in_request_line and len(received) >= line_limit:
+        raise Refused("uri_too_long", f"The request line must have at most {LIMITS['request_line'] >> 10} KiB.")
+    if end < 0 and len(received) >= head_limit:
+        raise Refused("headers_too_large", f"The head must have at most {LIMITS['head'] >> 10} KiB.")
+    if end < 0:
+        return None
+    return parse_head(bytes(received[begin:end])), end + 4
 
 
-@lru_cache(64)  # clients repeat themselves
+@lru_cache(64)
 def host_name(host: str) -> str:
-    """The name or address in a Host (RFC 3986, section 3.2.2), in lower case; empty if it does not follow the grammar."""
+    """The name or address in a Host (RFC 3986, section 3.2.2), in lower case; empty if it is malformed."""
     match = HOST.fullmatch(host)
-    if not match:
-        return ""
-    if not match[1]:
+    if match and match[2]:
         return match[2].lower()
     with suppress(ValueError):
-        return str(IPv6Address(match[1]))
+        return str(IPv6Address(match[1])) if match else ""
     return ""
 
 
@@ -1397,72 +1323,66 @@ def is_loopback(name: str) -> bool:
         return name.lower() == "localhost"
 
 
-def check_access(request: Request, settings: argparse.Namespace) -> None:
-    """Host, Origin and token. Raises Refused."""
-    name = host_name(request.host)
-    if not settings.token and request.host and not is_loopback(name) and name not in settings.allow_host:
-        # A page may bind its own name to this machine's address, and would then share an origin with this server.
-        raise Refused("forbidden_host", f"This server does not answer to {name[:200]}. If it should, start it with "
-                                        "--allow-host and this name.")
-    origin = foreign_origin(request)
-    if origin is not None and origin.lower() not in settings.allow_origin:
+def check_host(head: Head, settings: argparse.Namespace) -> None:
+    """Without a token, only a loopback Host or an allowed one. Raises Refused: forbidden_host.
+
+    A page may bind its own name to this machine's address, and would then share an origin with this server.
+    """
+    name = host_name(head.host)
+    if not settings.token and head.host and not is_loopback(name) and name not in settings.allow_host:
+        raise Refused("forbidden_host", f"This server does not answer to {name[:200]}. If it should, start it "
+                                        "with --allow-host and this name.")
+
+
+def check_origin(head: Head, settings: argparse.Namespace) -> dict[str, str]:
+    """The fields that let an allowed page of another origin read the answer (Fetch Standard, section 3.3).
+
+    Raises Refused: forbidden_origin.
+    """
+    origin = head.headers.get("origin")
+    if origin is None:
+        return {}
+    scheme, _, host = origin.lower().partition("://")
+    if scheme in DEFAULT_PORTS and host and head.host.lower() in (host, host + DEFAULT_PORTS[scheme]):
+        return {}  # this server's own
+    if origin.lower() not in settings.allow_origin:
         raise Refused("forbidden_origin", "A page of another origin sent this. If it may, start the server with "
                                           "--allow-origin and its origin.")
+    return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After",
+            "Vary": "Origin"}
 
 
-def check_token(request: Request, token: str | None, is_public: bool) -> None:
-    """RFC 6750, section 2.1. OPTIONS and public paths need no token. Raises Refused."""
-    if not token or is_public or request.method == "OPTIONS":
+def check_token(head: Head, token: str | None) -> None:
+    """RFC 6750, section 2.1. OPTIONS and public paths need no token. Raises Refused: unauthorized."""
+    if not token or head.path in PUBLIC or head.method == "OPTIONS":
         return
     from hmac import compare_digest  # in constant time; loads OpenSSL, so only with a token
 
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    scheme, _, given = head.headers.get("authorization", "").partition(" ")
     is_known = compare_digest(given.strip(" ").encode(), token.encode())
     if scheme.lower() != "bearer" or not is_known:
         raise Refused("unauthorized", "Send the header Authorization: Bearer TOKEN, with this server's token.")
 
 
-def foreign_origin(request: Request) -> str | None:
-    """The Origin, unless it is missing or this server's own."""
-    origin = request.headers.get("origin")
-    if origin is None:
-        return None
-    scheme, _, host = origin.lower().partition("://")
-    is_own = scheme in DEFAULT_PORTS and host and request.host.lower() in (host, host + DEFAULT_PORTS[scheme])
-    return None if is_own else origin
-
-
-def cors_fields(request: Request) -> dict[str, str]:
-    """What lets an allowed page of another origin read the answer (Fetch Standard, section 3.3)."""
-    origin = foreign_origin(request)
-    if origin is None:
-        return {}
-    return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After", "Vary": "Origin"}
-
-
-def check_body_head(route: Route | None, request: Request, server: Server) -> None:
+def check_body_head(head: Head, takes_json: bool, curl: str) -> None:
     """What the head says of a body that this server does not read. Raises Refused."""
-    if len(request.codings) > 1:
-        raise Refused("not_implemented", f"The coding {request.codings[0][:80]} is not supported. Send the plain body.")
-    if request.codings:
+    if len(head.codings) > 1:
+        raise Refused("not_implemented", f"The coding {head.codings[0][:80]} is not known. Send the plain body.")
+    if head.codings:
         raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
-    if request.length > LIMITS["body"]:
+    if head.length > LIMITS["body"]:
         raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-    # curl -d says application/x-www-form-urlencoded unless told otherwise, and many clients say nothing.
-    if route and route.body and media_type not in ("application/json", "application/x-www-form-urlencoded", ""):
-        raise Refused("unsupported_media_type", f"Send JSON: {server.curl(request)}/chat/stream -N "
+    media_type = head.headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+    if takes_json and media_type not in JSON_TYPES:
+        raise Refused("unsupported_media_type", f"Send JSON: {curl}/chat/stream -N "
                       "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object (RFC 8259). Python reads NaN and infinite numbers, too, but writes them only if told to.
-
-    Raises Refused: invalid_json, invalid_field.
-    """
+    """The body as a JSON object (RFC 8259). Raises Refused: invalid_json, invalid_field."""
     try:
         value = json.loads(body.decode())
-        json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False)  # loads() takes NaN and infinite numbers
     except (ValueError, RecursionError) as error:
         raise Refused("invalid_json", f"The body is not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(value, dict):
@@ -1470,9 +1390,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def check_id(fields: dict[str, Any], name: str, pattern: str = ID) -> str | None:
-    """An optional id among the fields; null is the same as missing. Raises Refused: invalid_field."""
-    value = fields.get(name)
+def check_id(name: str, value: Any, pattern: str = ID) -> str | None:
+    """An optional id; null is the same as missing. Raises Refused: invalid_field."""
     if value is None:
         return None
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
@@ -1482,9 +1401,8 @@ def check_id(fields: dict[str, Any], name: str, pattern: str = ID) -> str | None
     return value
 
 
-def check_message(fields: dict[str, Any]) -> str:
+def check_message(message: Any) -> str:
     """The message, as it was sent. Raises Refused: invalid_field."""
-    message = fields.get("message")
     if not isinstance(message, str) or not message.strip():
         raise Refused("invalid_field", "message must be a string that is not blank.")
     if len(message) > LIMITS["message"]:
@@ -1494,7 +1412,16 @@ def check_message(fields: dict[str, Any]) -> str:
     return message
 
 
-# ---- endpoints: a request in, a reply or a stream out ----------------------------------------------------------------
+# ---- endpoints: a request in, a reply or a stream out ---------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """A request that has passed the checks before its endpoint."""
+
+    head: Head
+    session_id: str  # in the path, or ""
+    fields: dict[str, Any]  # of the JSON body; empty if the endpoint takes none
+    client: str  # IP address
 
 
 class Reply(NamedTuple):
@@ -1512,11 +1439,10 @@ class Stream(NamedTuple):
     after: int = 0
 
 
-def reply_json(body: dict[str, Any], status: int = 200, kind: str = "json", **headers: str) -> Reply:
-    """A JSON object. `headers` are further fields, with _ for -."""
-    more = {name.replace("_", "-"): value for name, value in headers.items()}
-    fields = {"Content-Type": f"application/{kind}", "Cache-Control": "no-store", **more}
-    return Reply(status, fields, json.dumps(body).encode() + b"\n")
+def reply_json(body: dict[str, Any], status: int = 200, kind: str = "json", **more: str) -> Reply:
+    """A JSON object. `more` are further fields of the head."""
+    headers = {"Content-Type": f"application/{kind}", "Cache-Control": "no-store", **more}
+    return Reply(status, headers, json.dumps(body).encode() + b"\n")
 
 
 def problem(refused: Refused) -> Reply:
@@ -1524,28 +1450,29 @@ def problem(refused: Refused) -> Reply:
     status = PROBLEMS[refused.code]
     more = {"Allow": refused.allow} if refused.allow else {}
     if refused.code == "overloaded":
-        more["Retry_After"] = str(LIMITS["retry_after"])
+        more["Retry-After"] = str(LIMITS["retry_after"])
     if refused.code == "unauthorized":
-        more["WWW_Authenticate"] = "Bearer"
-    body = {"type": "about:blank", "title": TITLES[status], "status": status, "detail": refused.detail,
-            "code": refused.code}
-    return reply_json(body, status, "problem+json", **more)
+        more["WWW-Authenticate"] = "Bearer"
+    return reply_json({"type": "about:blank", "title": TITLES[status], "status": status,
+                       "detail": refused.detail, "code": refused.code}, status, "problem+json", **more)
 
 
 def chat_stream(server: Server, request: Request) -> Stream:
     """POST /chat/stream and POST /sessions/{session_id}/stream."""
-    message, turn_id = check_message(request.fields), check_id(request.fields, "turn_id")
-    named, session_id = check_id(request.params, "session_id"), check_id(request.fields, "session_id")
-    if named and session_id not in (None, named):
-        raise Refused("invalid_field", f"The path names the session {named}, and the body {session_id}.")
-    session_id = named or session_id
+    fields = request.fields
+    message, turn_id = check_message(fields.get("message")), check_id("turn_id", fields.get("turn_id"))
+    in_path = check_id("session_id", request.session_id or None)
+    in_body = check_id("session_id", fields.get("session_id"))
+    session_id = in_path or in_body
+    if in_body not in (None, session_id):
+        raise Refused("invalid_field", f"The path names the session {in_path}, and the body {in_body}.")
     if turn_id and not session_id:
         raise Refused("invalid_field", "turn_id needs a session_id: it names a turn of one session.")
     try:
         return Stream(server.sessions.begin(message, session_id or str(uuid.uuid4()), turn_id, request.client))
     except Refused as refused:
         if refused.code == "session_busy":
-            refused.detail += f" This stops it: {server.curl(request)}/sessions/{session_id}/stop -X POST"
+            refused.detail += f" This stops it: {server.curl(request.head)}/sessions/{session_id}/stop -X POST"
         raise
 
 
@@ -1554,10 +1481,10 @@ def session_stream(server: Server, request: Request) -> Stream:
 
 
 def resume_stream(server: Server, request: Request) -> Stream:
-    values = parse_qs(request.query, keep_blank_values=True).get("after", ["0"])
+    values = parse_qs(request.head.query, keep_blank_values=True).get("after", ["0"])
     if len(values) > 1 or not re.fullmatch("[0-9]{1,9}", values[0]):
         raise Refused("invalid_field", "after must be a number of 1 to 9 digits: the last chunk that you have.")
-    session = server.sessions.get(request.params["session_id"])
+    session = server.sessions.get(request.session_id)
     turn = session.latest or (session.history[-1] if session.history else None)
     if not turn:
         raise Refused("no_turn", "This session has no turn yet. POST a message to it.")
@@ -1565,13 +1492,14 @@ def resume_stream(server: Server, request: Request) -> Stream:
 
 
 def stop_turn(server: Server, request: Request) -> Reply:
-    stopped = server.sessions.stop(request.params["session_id"], check_id(request.fields, "turn_id"))
-    return reply_json({"message": "The turn is stopped." if stopped else "No such turn was running.",
-                       "stopped": stopped})
+    stopped = server.sessions.stop(request.session_id, check_id("turn_id", request.fields.get("turn_id")))
+    message = "The turn is stopped." if stopped else "No such turn was running."
+    return reply_json({"message": message, "stopped": stopped})
 
 
 def new_session(server: Server, request: Request) -> Reply:
-    session_id, model = check_id(request.fields, "session_id"), check_id(request.fields, "model_id", MODEL_ID)
+    session_id = check_id("session_id", request.fields.get("session_id"))
+    model = check_id("model_id", request.fields.get("model_id"), MODEL_ID)
     trouble = model and model_problem(model)
     if trouble:
         raise Refused("invalid_field", trouble)
@@ -1580,54 +1508,66 @@ def new_session(server: Server, request: Request) -> Reply:
                        "timestamp": stamp(session.created_at)})
 
 
+def summary(session: Session) -> dict[str, Any]:
+    """What GET /sessions and GET /sessions/{session_id} both tell."""
+    return {"session_id": session.session_id, "model": session.model, "message_count": 2 * len(session.history),
+            "created_at": stamp(session.created_at), "last_activity": stamp(session.last_activity),
+            "streaming": session.running_turn() is not None}
+
+
+def age(session: Session) -> float:
+    """Seconds since it was made; 0 if the wall clock was set back to before that."""
+    return max(0, wall_clock() - session.created_at) / 1e6
+
+
 def list_sessions(server: Server, request: Request) -> Reply:
     with server.sessions.lock:
         sessions = sorted(server.sessions.sessions.values(), key=lambda each: each.last_activity, reverse=True)
-        rows = [{**each.summary(), "duration_minutes": round(each.age() / 60, 2)} for each in sessions]
+        rows = [{**summary(each), "duration_minutes": round(age(each) / 60, 2)} for each in sessions]
     return reply_json({"active_sessions": len(rows), "sessions": rows})
 
 
 def get_session(server: Server, request: Request) -> Reply:
-    session = server.sessions.get(request.params["session_id"])
+    session = server.sessions.get(request.session_id)
     with server.sessions.lock:
-        summary, turns, turn = session.summary(), len(session.history), session.latest
+        told, turns, turn = summary(session), len(session.history), session.latest
         messages = session.messages()
-    latest = None
+    latest: dict[str, Any] | None = None
     if isinstance(turn, Turn):
         latest = {"turn_id": turn.turn_id, "state": turn.state, "message": turn.message,
-                  "started": turn.timestamp(turn.started), "chunks": turn.chunks}
+                  "started": turn.timestamp(turn.started), "chunks": turn.chunks()}
     elif turn:
-        latest = {"turn_id": turn.turn_id, "state": "complete", "message": turn.message, "started": turn.started,
-                  "chunks": len(turn.lines()) - OPENING - 1}
-    return reply_json({**summary, "user_messages": turns, "model_messages": turns,
-                       "session_duration_seconds": round(session.age(), 3),
+        latest = {"turn_id": turn.turn_id, "state": "complete", "message": turn.message,
+                  "started": turn.started, "chunks": len(turn.lines()) - OPENING - 1}
+    return reply_json({**told, "user_messages": turns, "model_messages": turns,
+                       "session_duration_seconds": round(age(session), 3),
                        "messages": [message._asdict() for message in messages], "latest_turn": latest})
 
 
 def clear_session(server: Server, request: Request) -> Reply:
-    server.sessions.clear(request.params["session_id"])
+    server.sessions.clear(request.session_id)
     return reply_json({"message": "The session's history is cleared."})
 
 
 def delete_session(server: Server, request: Request) -> Reply:
-    server.sessions.delete(request.params["session_id"])
+    server.sessions.delete(request.session_id)
     return reply_json({"message": "The session is deleted."})
 
 
 def health(server: Server, request: Request) -> Reply:
-    return reply_json(server.sessions.health())
+    return reply_json(server.health())
 
 
 def stats(server: Server, request: Request) -> Reply:
-    return reply_json(server.sessions.stats())
+    return reply_json(server.stats())
 
 
 def index(server: Server, request: Request) -> Reply:
-    return reply_json({
-        "name": "streamable HTTP chat", "version": VERSION, "framework": FRAMEWORK, "model": server.settings.model,
-        "features": [*FEATURES, "sessions on disk"] if server.settings.db else FEATURES,
-        "endpoints": {route.name: f"{route.method} {route.path}" for route in server.routes},
-    })
+    features = ["chunked transfer coding", "NDJSON events", "multi-turn sessions", "resume", "retry by turn_id",
+                "stop", *(["sessions on disk"] if server.settings.db else [])]
+    endpoints = {route.name: f"{route.method} {route.path}" for route in server.routes}
+    return reply_json({"name": "streamable HTTP chat", "version": VERSION, "framework": FRAMEWORK,
+                       "model": server.settings.model, "features": features, "endpoints": endpoints})
 
 
 def openapi(server: Server, request: Request) -> Reply:
@@ -1637,7 +1577,7 @@ def openapi(server: Server, request: Request) -> Reply:
 def demo(server: Server, request: Request) -> Reply:
     """GET /demo and GET /docs: the page, which chooses its view by the path."""
     if not PAGE.is_file():
-        raise Refused("not_found", "The page is the file demo.html, and it is not beside streamchat_server.py.")
+        raise Refused("not_found", "The page is the file demo.html, which is not beside streamchat_server.py.")
     html = PAGE.read_text("utf-8")  # with the line ends that browsers hash, also if a checkout made them CRLF
     return Reply(200, {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store",
                        "Content-Security-Policy": content_security_policy(html)}, html.encode())
@@ -1658,46 +1598,58 @@ def content_security_policy(html: str) -> str:
     own = [f"{tag}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
            for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", html, re.DOTALL)]
     return "; ".join([
-        "default-src 'none'", *own, "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'",
-        "frame-ancestors 'none'", "require-trusted-types-for 'script'", "trusted-types 'none'"])
+        "default-src 'none'", *own, "connect-src 'self'", "img-src data:", "base-uri 'none'",
+        "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
+        "trusted-types 'none'"])
 
 
 def debug(server: Server, request: Request) -> Reply:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     threads = [f"{names.get(ident, 'connection or turn')}: {frame.f_code.co_qualname}, line {frame.f_lineno}"
                for ident, frame in sys._current_frames().items()]
-    return reply_json({"threads": threads, "running_turns": server.sessions.streams(), "limits": LIMITS,
+    return reply_json({"threads": threads, "running_turns": server.streams(), "limits": LIMITS,
                        "last_errors": list(server.console.errors)})
 
 
-FEATURES = ["chunked transfer coding", "NDJSON events", "multi-turn sessions", "resume", "retry by turn_id", "stop"]
-
-# Parts of JSON Schema, as strict as the checks above.
+# JSON Schema, as strict as the checks above.
 TEXT, FLAG, COUNT = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0}
 TIME = {"type": "string", "format": "date-time"}
 IDENTIFIER = {"type": "string", "pattern": f"^{ID}$"}
-OPTIONAL_ID = {"type": ["string", "null"], "pattern": f"^{ID}$"}
-SESSION_ID = {**OPTIONAL_ID, "not": {"const": "new"}}
+TURN_ID = {"type": ["string", "null"], "pattern": f"^{ID}$"}
+SESSION_ID = {**TURN_ID, "not": {"const": "new"}}
 MESSAGE = {"type": "string", "maxLength": LIMITS["message"], "pattern": r"\S", "examples": ["Hello!"]}
-
-
-def body_of(required: list[str], **properties: dict) -> dict[str, Any]:
-    """The schema of a JSON object."""
-    return {"type": "object", "properties": properties, "required": required}
-
-
-CHAT_BODY = {**body_of(["message"], message=MESSAGE, session_id=SESSION_ID, turn_id=OPTIONAL_ID),
-             "dependentRequired": {"turn_id": ["session_id"]}}
-SESSION_CHAT_BODY = body_of(["message"], message=MESSAGE, turn_id=OPTIONAL_ID)
-NEW_BODY = body_of([], session_id=SESSION_ID, model_id={"type": ["string", "null"], "pattern": f"^{MODEL_ID}$"})
-STOP_BODY = body_of([], turn_id=OPTIONAL_ID)
 AFTER = {"name": "after", "in": "query", "required": False,
          "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999, "default": 0}}
+
+
+def schema(required: str, **properties: dict) -> dict[str, Any]:
+    """The schema of a JSON object. `required` are the names of properties, with spaces between them."""
+    return {"type": "object", "properties": properties, "required": required.split()}
+
+
+CHAT = {**schema("message", message=MESSAGE, session_id=SESSION_ID, turn_id=TURN_ID),
+        "dependentRequired": {"turn_id": ["session_id"]}}
+SESSION_CHAT = schema("message", message=MESSAGE, turn_id=TURN_ID)
+NEW_SESSION = schema("", session_id=SESSION_ID, model_id={**TURN_ID, "pattern": f"^{MODEL_ID}$"})
+STOP = schema("", turn_id=TURN_ID)
+
+NDJSON = "application/x-ndjson"
 NOW = "2026-11-24T10:00:00.123456+00:00"
 HEALTH_EXAMPLE = {"status": "healthy", "model": "offline", "uptime_seconds": 60, "total_requests": 3,
-                  "successful_requests": 2, "failed_requests": 0, "active_sessions": 1, "streaming_connections": 1}
+                  "successful_requests": 2, "failed_requests": 0, "active_sessions": 1,
+                  "streaming_connections": 1}
+STATS_EXAMPLE = {
+    **HEALTH_EXAMPLE, "average_response_time": 0.3, "start_time": NOW, "total_sessions_created": 1,
+    "total_chunks": 8, "total_bytes": 1600, "average_chunks_per_stream": 4.0,
+    "time_to_first_chunk": {"p50": 0.001, "p95": 0.002}, "framework": FRAMEWORK, "streams": [
+        {"session_id": "demo", "turn_id": "t-3", "started": NOW, "chunks": 2, "readers": 1,
+         "client": "127.0.0.1"}]}
 SUMMARY_EXAMPLE = {"session_id": "demo", "model": "offline", "message_count": 2, "created_at": NOW,
                    "last_activity": NOW, "streaming": False}
+SESSION_EXAMPLE = {
+    **SUMMARY_EXAMPLE, "user_messages": 1, "model_messages": 1, "session_duration_seconds": 75.125,
+    "messages": [{"role": "user", "text": "Hello!", "timestamp": NOW, "turn_id": "t-1"}],
+    "latest_turn": {"turn_id": "t-1", "state": "complete", "message": "Hello!", "started": NOW, "chunks": 4}}
 
 
 class Route(NamedTuple):
@@ -1707,105 +1659,100 @@ class Route(NamedTuple):
     path: str
     endpoint: Callable[[Server, Request], Reply | Stream]
     summary: str
-    example: dict[str, Any] | None = None  # of a JSON answer
-    media_type: str = "application/json"
-    body: dict[str, Any] | None = None  # JSON Schema of the request's body; None: a body is read and ignored
+    answer: dict[str, Any] | str  # an example of the JSON answer, or a media type
+    body: dict[str, Any] | None = None  # schema of the request's JSON; None: a body is read and ignored
     query: dict[str, Any] | None = None  # an OpenAPI parameter
-    is_public: bool = False  # needs no token
 
     @property
     def name(self) -> str:
         return self.endpoint.__name__
 
 
-NDJSON = "application/x-ndjson"
 ROUTES = [
-    Route("POST", "/chat/stream", chat_stream, "Send a message; the answer comes as a stream", None, NDJSON, CHAT_BODY),
+    Route("POST", "/chat/stream", chat_stream, "Send a message; the answer comes as a stream", NDJSON, CHAT),
     Route("POST", "/sessions/new", new_session, "Create a session",
-          {"session_id": "demo", "model": "offline", "timestamp": NOW}, body=NEW_BODY),
+          {"session_id": "demo", "model": "offline", "timestamp": NOW}, NEW_SESSION),
     Route("GET", "/sessions", list_sessions, "List the sessions, last active first",
           {"active_sessions": 1, "sessions": [{**SUMMARY_EXAMPLE, "duration_minutes": 1.25}]}),
-    Route("GET", "/sessions/{session_id}", get_session, "One session and its history", {
-        **SUMMARY_EXAMPLE, "user_messages": 1, "model_messages": 1, "session_duration_seconds": 75.125,
-        "messages": [{"role": "user", "text": "Hello!", "timestamp": NOW, "turn_id": "t-1"}],
-        "latest_turn": {"turn_id": "t-1", "state": "complete", "message": "Hello!", "started": NOW, "chunks": 4}}),
+    Route("GET", "/sessions/{session_id}", get_session, "One session and its history", SESSION_EXAMPLE),
     Route("DELETE", "/sessions/{session_id}", delete_session, "Delete a session",
           {"message": "The session is deleted."}),
-    Route("GET", "/sessions/{session_id}/stream", resume_stream, "Follow the latest turn, to its end or live", None,
-          NDJSON, query=AFTER),
-    Route("POST", "/sessions/{session_id}/stream", session_stream, "The same as POST /chat/stream, in this session",
-          None, NDJSON, SESSION_CHAT_BODY),
+    Route("GET", "/sessions/{session_id}/stream", resume_stream, "Follow the latest turn", NDJSON, None, AFTER),
+    Route("POST", "/sessions/{session_id}/stream", session_stream,
+          "Send a message to this session; the answer comes as a stream", NDJSON, SESSION_CHAT),
     Route("POST", "/sessions/{session_id}/stop", stop_turn, "Stop the running turn; what was released is kept",
-          {"message": "The turn is stopped.", "stopped": True}, body=STOP_BODY),
+          {"message": "The turn is stopped.", "stopped": True}, STOP),
     Route("POST", "/sessions/{session_id}/clear", clear_session, "Clear a session's history",
           {"message": "The session's history is cleared."}),
-    Route("GET", "/health", health, "Whether the server is alive, and its counters", HEALTH_EXAMPLE, is_public=True),
-    Route("GET", "/stats", stats, "Counters, averages and running turns", {
-        **HEALTH_EXAMPLE, "average_response_time": 0.3, "start_time": NOW, "total_sessions_created": 1,
-        "total_chunks": 8, "total_bytes": 1600, "average_chunks_per_stream": 4.0,
-        "time_to_first_chunk": {"p50": 0.001, "p95": 0.002}, "streams": [
-            {"session_id": "demo", "turn_id": "t-3", "started": NOW, "chunks": 2, "readers": 1, "client": "127.0.0.1"}],
-        "framework": FRAMEWORK}),
+    Route("GET", "/health", health, "Whether the server is alive, and its counters", HEALTH_EXAMPLE),
+    Route("GET", "/stats", stats, "Counters, averages and running turns", STATS_EXAMPLE),
     Route("GET", "/", index, "What this server is and which endpoints it has", {
         "name": "streamable HTTP chat", "version": VERSION, "framework": FRAMEWORK, "model": "offline",
-        "features": FEATURES, "endpoints": {"health": "GET /health"}}, is_public=True),
-    Route("GET", "/openapi.json", openapi, "This description, as OpenAPI 3.2", is_public=True),
-    Route("GET", "/demo", demo, "The page", None, "text/html", is_public=True),
-    Route("GET", "/docs", docs, "The page, opened at its API view", None, "text/html", is_public=True),
-    Route("GET", "/debug", debug, "Threads, running turns, limits, the last errors (only with --debug)", {
-        "threads": ["MainThread: main, line 1"], "running_turns": [], "limits": {"fields": 100}, "last_errors": []}),
+        "features": ["resume"], "endpoints": {"health": "GET /health"}}),
+    Route("GET", "/openapi.json", openapi, "This description, as OpenAPI 3.2", "application/json"),
+    Route("GET", "/demo", demo, "The page", "text/html"),
+    Route("GET", "/docs", docs, "The page, opened at its API view", "text/html"),
+    Route("GET", "/debug", debug, "Threads, running turns, limits, the last errors (only with --debug)",
+          {"threads": ["MainThread: main, line 1"], "running_turns": [], "limits": {"fields": 100},
+           "last_errors": []}),
 ]
+PUBLIC = {"/", "/health", "/openapi.json", "/demo", "/docs"}  # they need no token
+SESSION_PATH = re.compile(r"/sessions/(?!new$)([^/]+)(/[^/]+)?")
 
-
-Paths = dict[re.Pattern, dict[str, Route]]  # path: {method: route}
+Paths = dict[str, dict[str, Route]]  # path: {method: route}
 
 
 def make_paths(routes: list[Route]) -> Paths:
-    """In the order of the routes: /sessions/new stands before /sessions/{session_id}."""
+    """The routes by path and method."""
     paths: Paths = {}
     for route in routes:
-        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(route.path))
-        methods = paths.setdefault(re.compile(pattern), {})
+        methods = paths.setdefault(route.path, {})
         methods[route.method] = route
         if route.method == "GET":
             methods["HEAD"] = route
     return paths
 
 
-def find_route(paths: Paths, request: Request) -> tuple[Route | None, str]:
-    """The route (None for OPTIONS), and the methods that the path allows. Sets the request's `params`.
+def find_route(paths: Paths, method: str, path: str) -> tuple[Route | None, str, str]:
+    """The route (None for OPTIONS), the session_id in the path, and the methods that the path allows.
 
     Raises Refused: not_found, method_not_allowed.
     """
-    match = next((match for pattern in paths if (match := pattern.fullmatch(request.path))), None)
-    if not match:
-        raise Refused("not_found", f"There is nothing at {request.path[:200]}. GET / lists the endpoints.")
-    methods = paths[match.re]
+    match = SESSION_PATH.fullmatch(path)
+    session_id, known = "", path
+    if match:
+        session_id, known = unquote(match[1]), f"/sessions/{{session_id}}{match[2] or ''}"
+    methods = paths.get(known)
+    if methods is None:
+        raise Refused("not_found", f"There is nothing at {path[:200]}. GET / lists the endpoints.")
     allow = ", ".join([*methods, "OPTIONS"])
-    if request.method not in methods and request.method != "OPTIONS":
+    if method not in methods and method != "OPTIONS":
         raise Refused("method_not_allowed", f"This path takes {allow}.", allow)
-    request.params = {name: unquote(value) for name, value in match.groupdict().items()}
-    return methods.get(request.method), allow
+    return methods.get(method), session_id, allow
 
 
-# ---- OpenAPI: the routes and events as a description for programs ----------------------------------------------------
+# ---- OpenAPI: the routes and events as a description for programs ---------------------------------------------
 
-EVENTS = {  # type of an event: schemas of its other fields
-    "session_info": {"session_id": IDENTIFIER, "turn_id": IDENTIFIER, "model": TEXT, "created": FLAG,
-                     "timestamp": TIME},
-    "status": {"message": TEXT, "context_messages": COUNT},
-    "chunk": {"text": {"type": "string", "maxLength": LIMITS["chunk"], "examples": ["Hello "]},
-              "chunk_number": {"type": "integer", "minimum": 1}, "is_final": FLAG, "timestamp": TIME},
-    "complete": {"finish_reason": {"enum": ["stop", "length", "content_filter", "cancelled", "other"]},
-                 "total_chunks": COUNT, "processing_time": {"type": "number", "minimum": 0}, "message_count": COUNT,
-                 "usage": body_of([], input_tokens=COUNT, output_tokens=COUNT, total_tokens=COUNT),
-                 "session_id": IDENTIFIER, "turn_id": IDENTIFIER, "timestamp": TIME},
-    "error": {"code": {"enum": [*STREAM_ERRORS]}, "message": {"type": "string", "maxLength": LIMITS["error_message"]},
-              "retryable": FLAG, "session_id": IDENTIFIER, "turn_id": IDENTIFIER, "timestamp": TIME},
-    "ping": {"timestamp": TIME},
+EVENTS = {  # type of an event: schema
+    "session_info": schema("session_id turn_id model created timestamp", session_id=IDENTIFIER,
+                           turn_id=IDENTIFIER, model=TEXT, created=FLAG, timestamp=TIME),
+    "status": schema("message context_messages", message=TEXT, context_messages=COUNT),
+    "chunk": schema("text chunk_number is_final timestamp",
+                    text={"type": "string", "maxLength": LIMITS["chunk"], "examples": ["Hello "]},
+                    chunk_number={"type": "integer", "minimum": 1}, is_final=FLAG, timestamp=TIME),
+    "complete": schema("finish_reason total_chunks processing_time message_count session_id turn_id timestamp",
+                       finish_reason={"enum": ["stop", "length", "content_filter", "cancelled", "other"]},
+                       total_chunks=COUNT, processing_time={"type": "number", "minimum": 0},
+                       message_count=COUNT,
+                       usage=schema("", input_tokens=COUNT, output_tokens=COUNT, total_tokens=COUNT),
+                       session_id=IDENTIFIER, turn_id=IDENTIFIER, timestamp=TIME),
+    "error": schema("code message retryable session_id turn_id timestamp", code={"enum": [*STREAM_ERRORS]},
+                    message={"type": "string", "maxLength": LIMITS["error_message"]}, retryable=FLAG,
+                    session_id=IDENTIFIER, turn_id=IDENTIFIER, timestamp=TIME),
+    "ping": schema("timestamp", timestamp=TIME),
 }
-PROBLEM = body_of(["type", "title", "status", "detail", "code"], type=TEXT, title=TEXT, status=COUNT, detail=TEXT,
-                  code={"enum": [*PROBLEMS]})
+PROBLEM = schema("type title status detail code", type=TEXT, title=TEXT, status=COUNT, detail=TEXT,
+                 code={"enum": [*PROBLEMS]})
 
 
 def describe(routes: list[Route]) -> dict[str, Any]:
@@ -1813,57 +1760,50 @@ def describe(routes: list[Route]) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = describe_route(route)
-    schemas = {kind: body_of(["type", *fields.keys() - {"usage"}], type={"const": kind}, **fields)
-               for kind, fields in EVENTS.items()}
-    event = {"oneOf": [{"$ref": f"#/components/schemas/{kind}"} for kind in EVENTS],
-             "discriminator": {"propertyName": "type"}}
+    schemas: dict[str, Any] = {"problem": PROBLEM, "event": {
+        "oneOf": [{"$ref": f"#/components/schemas/{kind}"} for kind in EVENTS],
+        "discriminator": {"propertyName": "type"}}}
+    for kind, event in EVENTS.items():
+        schemas[kind] = {**event, "properties": {"type": {"const": kind}, **event["properties"]},
+                         "required": ["type", *event["required"]]}
     return {"openapi": "3.2.0", "info": {"title": "Streamable HTTP chat", "version": VERSION}, "paths": paths,
             "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-                           "schemas": {**schemas, "event": event, "problem": PROBLEM}}}
+                           "schemas": schemas}}
 
 
 def describe_route(route: Route) -> dict[str, Any]:
     """One operation of OpenAPI."""
-    parameters = [{"name": "session_id", "in": "path", "required": True, "schema": IDENTIFIER}]
-    content: dict[str, Any] = {"example": route.example} if route.example else {}
-    if route.media_type == NDJSON:
-        content = {"itemSchema": {"$ref": "#/components/schemas/event"}}
+    media_type, content = "application/json", {"example": route.answer}
+    tag = "Sessions" if route.path.startswith("/sessions") else "Server"
+    if isinstance(route.answer, str):
+        media_type, content = route.answer, {}
+    if media_type == NDJSON:
+        tag, content = "Streams", {"itemSchema": {"$ref": "#/components/schemas/event"}}
+    parameters = [route.query] if route.query else []
+    if "{session_id}" in route.path:
+        parameters = [{"name": "session_id", "in": "path", "required": True, "schema": IDENTIFIER}, *parameters]
+    problems = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/problem"}}}
     operation: dict[str, Any] = {
-        "operationId": route.name, "summary": route.summary, "tags": [tag_of(route)],
-        "parameters": parameters * ("{session_id}" in route.path) + [route.query] * bool(route.query),
-        "responses": {
-            "200": {"description": route.summary, "content": {route.media_type: content}},
-            "default": {"description": "A problem, by its code", "content": {
-                "application/problem+json": {"schema": {"$ref": "#/components/schemas/problem"}}}},
-        },
+        "operationId": route.name, "summary": route.summary, "tags": [tag], "parameters": parameters,
+        "responses": {"200": {"description": route.summary, "content": {media_type: content}},
+                      "default": {"description": "A problem, told by its code", "content": problems}},
     }
-    if not route.is_public:
+    if route.path not in PUBLIC:
         operation["security"] = [{"token": []}, {}]  # {}: a server without a token asks for none
     if route.body:
-        content = {"application/json": {"schema": route.body}}
-        operation["requestBody"] = {"required": bool(route.body["required"]), "content": content}
+        operation["requestBody"] = {"required": bool(route.body["required"]),
+                                    "content": {"application/json": {"schema": route.body}}}
     return operation
 
 
-def tag_of(route: Route) -> str:
-    """The group of an operation."""
-    if route.media_type == NDJSON:
-        return "Streams"
-    return "Sessions" if route.path.startswith("/sessions") else "Server"
+# ---- handler and server: read, check, route, write. The only room that touches a socket. ----------------------
 
-
-# ---- handler and server: read, check, route, write. The only room that touches a socket. -----------------------------
-
-STREAM_HEADERS = {"Content-Type": NDJSON, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 TERMINAL = (b'{"type":"complete"', b'{"type":"error"')
 
 
-def socket_timeout(seconds: float) -> bytes:
-    """A value for SO_RCVTIMEO and SO_SNDTIMEO, the kernel's time-outs: settimeout() would add a poll() to each call."""
-    microseconds = max(int(seconds * 1e6), 1000)  # 0 would mean for ever
-    if os.name == "nt":
-        return struct.pack("L", microseconds // 1000)
-    return struct.pack("ll", *divmod(microseconds, 1_000_000))
+def socket_timeout(seconds: int) -> bytes:
+    """A value for SO_RCVTIMEO and SO_SNDTIMEO: settimeout() would add a poll() to each call."""
+    return struct.pack("L", 1000 * seconds) if os.name == "nt" else struct.pack("ll", seconds, 0)
 
 
 @lru_cache(2)
@@ -1872,19 +1812,19 @@ def date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
-def response_head(status: int, headers: dict[str, str], closing: bool) -> bytes:
+def response_head(status: int, headers: dict[str, str], closes: bool) -> bytes:
     """Status line and fields (RFC 9112, section 4)."""
     lines = [f"HTTP/1.1 {status} {TITLES[status]}", f"Date: {date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
-    lines += ["X-Content-Type-Options: nosniff", f"Connection: {'close' if closing else 'keep-alive'}", "", ""]
+    lines += ["X-Content-Type-Options: nosniff", f"Connection: {'close' if closes else 'keep-alive'}", "", ""]
     return "\r\n".join(lines).encode("latin-1")
 
 
-def encode_reply(reply: Reply, closing: bool, head_only: bool = False) -> bytes:
-    """A reply as it is sent. HEAD gets only its head, with the length that GET would have (RFC 9110, section 9.3.2)."""
+def encode_reply(reply: Reply, closes: bool, is_head: bool = False) -> bytes:
+    """A reply as it is sent. HEAD gets the head that GET would get (RFC 9110, section 9.3.2)."""
     length = {} if reply.status == 204 else {"Content-Length": str(len(reply.body))}
-    head = response_head(reply.status, {**reply.headers, **length}, closing)
-    return head if head_only else head + reply.body
+    head = response_head(reply.status, {**reply.headers, **length}, closes)
+    return head if is_head else head + reply.body
 
 
 class Handler(BaseRequestHandler):
@@ -1895,33 +1835,36 @@ class Handler(BaseRequestHandler):
 
     def setup(self) -> None:
         self.received = bytearray()  # and not yet read as a request
-        self.patience = 0.0  # seconds, as the socket has been told
-        self.head: Request | None = None  # what is being served
+        self.patience = 0  # seconds, as the kernel has been told
+        self.head: Head | None = None  # of the request that is being served
         self.cors: dict[str, str] = {}  # fields of its answer
-        self.unread = self.closing = False  # whether its body has not been read; whether the connection is to end
+        self.unread = self.closes = False  # whether its body was not read; whether the connection is to end
 
     def handle(self) -> None:
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(1))
-            while not self.closing:
+            while not self.closes:
                 self.serve_request()
                 self.server.idle.add(self.request)
         except OSError as error:  # the client left, or made no progress for too long
-            self.server.console.log("client_left", {"Client IP": self.client_address[0], "Reason": type(error).__name__})
+            reason = type(error).__name__
+            self.server.console.log("client_left", {"Client IP": self.client_address[0], "Reason": reason})
 
     def serve_request(self) -> None:
+        """Read one request and answer it."""
         self.head, self.cors, self.unread = None, {}, True
         answer = self.respond()
         # What follows an unread body, or a head that cannot be read, is not a request.
-        self.closing = self.unread or self.head is None or self.head.closes
+        self.closes = self.unread or self.head is None or self.head.closes
         if isinstance(answer, Stream):
             self.write_stream(answer)
         elif answer:
-            is_head = self.head.method == "HEAD" if self.head else self.received.lstrip(b"\r\n").startswith(b"HEAD ")
+            begins_with_head = self.received.lstrip(b"\r\n").startswith(b"HEAD ")
+            is_head = self.head.method == "HEAD" if self.head else begins_with_head
             reply = answer._replace(headers=answer.headers | self.cors)
-            self.send(encode_reply(reply, self.closing, is_head))
-        if answer and self.closing:
+            self.send(encode_reply(reply, self.closes, is_head))
+        if answer and self.closes:
             self.linger()
 
     def respond(self) -> Reply | Stream | None:
@@ -1930,7 +1873,7 @@ class Handler(BaseRequestHandler):
             self.head = self.read_head()
             return self.answer(self.head) if self.head else None
         except Refused as refused:
-            asked = f"{self.head.method} {self.head.path}" if self.head else "unreadable"  # the query may hold a secret
+            asked = f"{self.head.method} {self.head.path}" if self.head else "-"  # a query may hold a secret
             self.server.console.log("refused", {
                 "Client IP": self.client_address[0], "Status": PROBLEMS[refused.code], "Code": refused.code,
                 "Request": asked[:100]})
@@ -1941,23 +1884,23 @@ class Handler(BaseRequestHandler):
             self.server.console.trouble(error)
             return problem(Refused("internal_error", STREAM_ERRORS["internal_error"][1]))
 
-    def answer(self, request: Request) -> Reply | Stream:
-        """Check a request whose head was read, read its body, and call its endpoint. Raises Refused."""
+    def answer(self, head: Head) -> Reply | Stream:
+        """Check a head, read the body, and call the endpoint. Raises Refused."""
         server = self.server
-        self.unread = request.has_body
-        check_access(request, server.settings)
-        self.cors = cors_fields(request)
-        check_token(request, server.settings.token, request.path in server.public_paths)
-        route, allow = find_route(server.paths, request)
-        check_body_head(route, request, server)
-        body = self.read_body(request)
+        self.unread = head.has_body
+        check_host(head, server.settings)
+        self.cors = check_origin(head, server.settings)
+        check_token(head, server.settings.token)
+        route, session_id, allow = find_route(server.paths, head.method, head.path)
+        takes_json = route is not None and route.body is not None
+        check_body_head(head, takes_json, server.curl(head))
+        body = self.read_body(head)
         if route is None:
             return self.options(allow)
-        if route.body and (body or route.body["required"]):
-            request.fields = parse_json(body)
-        request.client = self.client_address[0]
+        is_needed = route.body is not None and route.body["required"]
+        fields = parse_json(body) if takes_json and (body or is_needed) else {}
         try:
-            return route.endpoint(server, request)
+            return route.endpoint(server, Request(head, session_id, fields, self.client_address[0]))
         except OSError as error:  # of a file: any other one means that the client has left
             raise RuntimeError(f"{route.name} failed") from error
 
@@ -1967,54 +1910,60 @@ class Handler(BaseRequestHandler):
                      "Access-Control-Allow-Headers": "Authorization, Content-Type"}
         return Reply(204, {"Allow": allow, **(preflight if self.cors else {})})
 
-    def read_head(self) -> Request | None:
+    def read_head(self) -> Head | None:
         """The next head; None if the connection ends or stays idle. Empty lines before a head are idle time."""
         begun, known = False, 0
         end = time.monotonic() + LIMITS["idle"]
-        while not (parsed := parse_head(self.received, known)):
+        while not self.received or not (found := read_head(self.received, known)):
             if not begun and self.received.strip(b"\r\n"):
                 begun, end = True, time.monotonic() + LIMITS["head_time"]
                 self.server.idle.discard(self.request)
             known = len(self.received)
+            if begun:
+                self.receive_more("head", end)
+                continue
             try:
-                if not self.receive(end - time.monotonic()):
-                    if begun:
-                        raise Refused("bad_request", "The connection ended within the head.")
+                if not self.receive(end):
                     return None
             except TimeoutError:
-                if begun:
-                    late = f"The whole head must come within {LIMITS['head_time']} s."
-                    raise Refused("request_timeout", late) from None
                 return None
         self.server.idle.discard(self.request)
-        request, size = parsed
+        head, size = found
         del self.received[:size]
-        return request
+        return head
 
-    def read_body(self, request: Request) -> bytes:
+    def read_body(self, head: Head) -> bytes:
         """The whole body (RFC 9112, section 6). Raises Refused."""
-        if request.expects_continue:
+        if head.expects_continue:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         end = time.monotonic() + LIMITS["body_time"]
-        while len(self.received) < request.length:
-            try:
-                if not self.receive(end - time.monotonic()):
-                    raise Refused("bad_request", "The connection ended within the body.")
-            except TimeoutError:
-                late = f"The whole body must come within {LIMITS['body_time']} s."
-                raise Refused("request_timeout", late) from None
-        body = bytes(self.received[: request.length])
-        del self.received[: request.length]
+        while len(self.received) < head.length:
+            self.receive_more("body", end)
+        body = bytes(self.received[: head.length])
+        del self.received[: head.length]
         self.unread = False
         return body
 
-    def receive(self, seconds: float) -> bool:
-        """Wait for bytes; False at the end of the connection. Raises TimeoutError."""
-        if seconds <= 0:
+    def receive_more(self, part: str, end: float) -> None:
+        """Wait for more of the head or the body. Raises Refused."""
+        try:
+            if not self.receive(end):
+                raise Refused("bad_request", f"The connection ended within the {part}.")
+        except TimeoutError:
+            late = f"The whole {part} must come within {LIMITS[f'{part}_time']} s."
+            raise Refused("request_timeout", late) from None
+
+    def receive(self, end: float) -> bool:
+        """Wait for bytes until `end`, a moment of time.monotonic(), or up to a second longer.
+
+        False at the end of the connection. Raises TimeoutError.
+        """
+        patience = int(end - time.monotonic()) + 1  # whole seconds, so that the kernel is seldom told
+        if patience <= 0:
             raise TimeoutError
-        if seconds != self.patience:
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
-            self.patience = seconds
+        if patience != self.patience:
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(patience))
+            self.patience = patience
         try:
             data = self.request.recv(65536)
         except BlockingIOError:  # the time-out; Windows says TimeoutError
@@ -2026,20 +1975,25 @@ class Handler(BaseRequestHandler):
         """Send the lines of a turn, each as a transfer chunk, and all that are due in one send."""
         assert self.head
         chunked = not self.head.is_1_0
-        coding = {"Transfer-Encoding": "chunked"} if chunked else {}
-        head = response_head(200, STREAM_HEADERS | coding | self.cors, self.closing)
+        fields = {"Content-Type": NDJSON, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **self.cors}
+        if chunked:
+            fields["Transfer-Encoding"] = "chunked"
+        start = response_head(200, fields, self.closes)
         if self.head.method == "HEAD":
-            self.send(head)
+            self.send(start)
             return
         follow = stream.turn.follow(stream.after, self.server.settings.heartbeat)
-        with self.server.sessions.reading(), closing(follow):
-            for lines in follow:
-                lines = lines or [encode(type="ping", timestamp=stamp(wall_clock()))]
-                data = head + b"".join(map(transfer_chunk, lines) if chunked else lines)
-                if chunked and lines[-1].startswith(TERMINAL):
-                    data += b"0\r\n\r\n"
-                self.send(data)
-                head = b""
+        self.server.streaming.add(self)
+        try:
+            with closing(follow):
+                for lines in follow:
+                    lines = lines or [encode(type="ping", timestamp=stamp(wall_clock()))]
+                    data = start + b"".join(map(transfer_chunk, lines) if chunked else lines)
+                    is_end = chunked and lines[-1].startswith(TERMINAL)
+                    self.send(data + b"0\r\n\r\n" if is_end else data)
+                    start = b""
+        finally:
+            self.server.streaming.discard(self)
 
     def send(self, data: bytes) -> None:
         """Send it all. Raises TimeoutError if the client makes no progress for LIMITS["send"] seconds."""
@@ -2053,14 +2007,14 @@ class Handler(BaseRequestHandler):
                     raise TimeoutError("no progress") from None
 
     def linger(self) -> None:
-        """Read on for a moment: a close with unread bytes resets the connection, and the answer would be lost.
+        """Read on for a moment: a close with unread bytes would reset the connection, and the answer be lost.
 
         (RFC 9112, section 9.6.)
         """
         self.request.shutdown(socket.SHUT_WR)
         end = time.monotonic() + LIMITS["linger"]
         with suppress(TimeoutError):
-            while self.receive(end - time.monotonic()):
+            while self.receive(end):
                 self.received.clear()
 
 
@@ -2071,12 +2025,13 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, listening: socket.socket, settings: argparse.Namespace, database: Database | None) -> None:
         self.settings, self.database = settings, database
+        self.start_time, self.started = wall_clock(), clock()
         self.routes = [route for route in ROUTES if settings.debug or route.endpoint is not debug]
         self.paths = make_paths(self.routes)
-        self.public_paths = {route.path for route in ROUTES if route.is_public}
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()  # connections that wait for another request
-        self.turned_away: deque[tuple[float, socket.socket]] = deque()  # when, and a connection to be closed
+        self.streaming: set[Handler] = set()  # connections that are being sent a stream
+        self.turned_away: deque[tuple[float, socket.socket]] = deque(maxlen=100)  # since when
         super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()  # the one that it made
         self.socket = listening
@@ -2089,11 +2044,41 @@ class Server(ThreadingHTTPServer):
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def curl(self, request: Request) -> str:
+    def curl(self, head: Head) -> str:
         """How a curl line for this client begins. A Host that is not a plain name is not repeated."""
-        plain_host = re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", request.host)
+        plain_host = re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", head.host)
         token = '-H "Authorization: Bearer $STREAMCHAT_TOKEN" ' if self.settings.token else ""
-        return f"curl {token}{f'http://{request.host}' if plain_host else self.url}"
+        return f"curl {token}{f'http://{head.host}' if plain_host else self.url}"
+
+    def health(self) -> dict[str, Any]:
+        """What GET /health answers."""
+        sessions = self.sessions
+        with sessions.lock:
+            return {
+                "status": "healthy", "model": self.settings.model,
+                "uptime_seconds": (clock() - self.started) // 1_000_000,
+                "total_requests": sessions.successful + sessions.failed + len(sessions.running),
+                "successful_requests": sessions.successful, "failed_requests": sessions.failed,
+                "active_sessions": len(sessions.sessions), "streaming_connections": len(self.streaming)}
+
+    def stats(self) -> dict[str, Any]:
+        """What GET /stats answers."""
+        sessions = self.sessions
+        with sessions.lock:
+            ended, first = max(sessions.successful + sessions.failed, 1), sorted(sessions.first_chunks) or [0]
+            return {
+                **self.health(), "average_response_time": round(sessions.response_time / ended, 6),
+                "start_time": stamp(self.start_time), "total_sessions_created": sessions.created,
+                "total_chunks": sessions.chunks, "total_bytes": sessions.bytes,
+                "average_chunks_per_stream": round(sessions.chunks / ended, 3),
+                "time_to_first_chunk": {f"p{rank}": first[len(first) * rank // 100] for rank in (50, 95)},
+                "streams": self.streams(), "framework": FRAMEWORK}
+
+    def streams(self) -> list[dict[str, Any]]:
+        """The running turns."""
+        return [{"session_id": turn.session.session_id, "turn_id": turn.turn_id,
+                 "started": turn.timestamp(turn.started), "chunks": turn.chunks(), "readers": turn.readers,
+                 "client": turn.client} for turn in list(self.sessions.running)]
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -2104,35 +2089,27 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own, without waiting until it runs, as Thread.start() does."""
-        if len(self.connections) >= self.settings.max_connections:
-            self.turn_away(request)
-            return
-        self.connections.add(request)
-        try:
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
-        except RuntimeError:  # the system has no thread left
-            self.connections.discard(request)
-            self.turn_away(request)
+        if len(self.connections) < self.settings.max_connections:
+            self.connections.add(request)
+            try:
+                _thread.start_new_thread(self.process_request_thread, (request, client_address))
+                return
+            except RuntimeError:  # the system has no thread left
+                self.connections.discard(request)
+        self.turn_away(request)
 
     def turn_away(self, request: socket.socket) -> None:
         """Answer 503, and close a moment later: with unread bytes a close would take the answer back."""
-        refused = Refused("overloaded", "The server has as many connections as it can serve. Try again in a moment.")
+        refused = Refused("overloaded", "The server has as many connections as it can serve. Try again later.")
         request.setblocking(False)
         with suppress(OSError):
-            request.send(encode_reply(problem(refused), closing=True))
+            request.send(encode_reply(problem(refused), closes=True))
             request.shutdown(socket.SHUT_WR)
-        self.turned_away.append((time.monotonic(), request))
+        self.turned_away.append((time.monotonic(), request))  # of more than 100, the oldest is closed
 
     def service_actions(self) -> None:
-        """Close the connections that turn_away() answered: soon, and sooner if they are many."""
-        while self.turned_away:
-            since, request = self.turned_away[0]
-            if len(self.turned_away) <= 100 and time.monotonic() - since < LIMITS["linger"]:
-                return
-            self.turned_away.popleft()
-            with suppress(OSError):
-                request.recv(65536)
-            request.close()
+        while self.turned_away and time.monotonic() - self.turned_away[0][0] >= LIMITS["linger"]:
+            self.turned_away.popleft()[1].close()
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.discard(request)
@@ -2153,16 +2130,24 @@ class Server(ThreadingHTTPServer):
             self.server_close()
         self._drain()
         self.sessions.close()
+        wait_until(lambda: not self.streaming, 1)
         self._drain()
         if self.database:
             self.database.close()
 
     def _drain(self) -> None:
         """Wait a second for the requests that were sent to be answered, except streams."""
-        wait_until(lambda: len(self.connections - self.idle) <= self.sessions.readers, 1)
+        wait_until(lambda: len(self.connections - self.idle) <= len(self.streaming), 1)
 
 
-# ---- reload: the same process runs the new program, with the listening socket and the sessions of the old one --------
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Return when the condition holds, or when the time is over."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+# ---- reload: the same process runs the new program, with the listening socket and the sessions it had ---------
 
 
 class Watch:
@@ -2269,8 +2254,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def start_problem(settings: argparse.Namespace) -> str | None:
     """Why the server must not start with these settings, as a sentence, or None."""
-    if ":" in settings.model and (trouble := import_function(settings.model)):
-        return trouble
+    if ":" in settings.model:
+        try:
+            import_function(settings.model)
+        except Exception as error:
+            return f"{settings.model} cannot be imported ({error!r}). Correct --model, or use --model offline."
     if trouble := model_problem(settings.model):
         return trouble
     if settings.reload and os.name == "nt":
@@ -2381,7 +2369,7 @@ def greet(server: Server) -> None:
 
 def say_goodbye(server: Server) -> None:
     """The statistics."""
-    stats = server.sessions.stats()
+    stats = server.stats()
     server.console.log("server_stopped", {
         "Server Uptime": timedelta(seconds=stats["uptime_seconds"]), "Total Requests": stats["total_requests"],
         "Successful": stats["successful_requests"], "Failed": stats["failed_requests"],

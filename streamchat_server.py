@@ -1203,7 +1203,7 @@ class Head:
 
     def __init__(self, head: bytes) -> None:
         """`head` has no control characters but CRLF, and not the empty line at its end. Raises Refused."""
-        first, *rows = head.decode("latin-1").split("\r\n")
+        first, *rows = head.decode("latin-1").removesuffix("\r\n").split("\r\n")
         match = REQUEST_LINE.fullmatch(first)
         if not match:
             raise Refused("bad_request", f"A request begins with METHOD TARGET HTTP/1.1, not with {first[:80]!r}.")
@@ -1273,12 +1273,6 @@ def parse_target(target: str) -> tuple[str, str, str]:
     return authority, path, query
 
 
-@lru_cache(64)  # clients repeat themselves, and this is half of the work for a small request
-def parse_head(head: bytes) -> Head:
-    """Heads are never changed. Raises Refused."""
-    return Head(head)
-
-
 def read_head(received: bytearray, known: int) -> tuple[Head, int] | None:
     """The head that `received` begins with, and its size; None if more of it must come.
 
@@ -1288,19 +1282,31 @@ def read_head(received: bytearray, known: int) -> tuple[Head, int] | None:
     begin = 0
     while begin < 4 and received.startswith(b"\r\n", begin):  # empty lines: RFC 9112, section 2.2
         begin += 2
-    line_limit, head_limit = begin + LIMITS["request_line"], begin + LIMITS["head"]
-    in_request_line = received.find(b"\r\n", begin, line_limit) < 0
-    end = received.find(b"\r\n\r\n", begin, head_limit)
-    limit = line_limit if in_request_line else head_limit if end < 0 else end
-    if BROKEN.search(received, max(known - 1, 0), limit):  # the last byte that was known may have been a CR
-        raise Refused("bad_request", "A head has no control characters, and CR and LF only together.")
-    if in_request_line and len(received) >= line_limit:
-        raise Refused("uri_too_long", f"The request line must have at most {LIMITS['request_line'] >> 10} KiB.")
-    if end < 0 and len(received) >= head_limit:
+    end = received.find(b"\r\n\r\n", begin, begin + LIMITS["head"])
+    if end >= 0:
+        return parse_head(bytes(received[begin : end + 2])), end + 4
+    check_bytes(received, begin, known)
+    if len(received) - begin >= LIMITS["head"]:
         raise Refused("headers_too_large", f"The head must have at most {LIMITS['head'] >> 10} KiB.")
-    if end < 0:
-        return None
-    return parse_head(bytes(received[begin:end])), end + 4
+    return None
+
+
+@lru_cache(64)  # clients repeat themselves, and this is half of the work for a small request
+def parse_head(head: bytes) -> Head:
+    """Heads are never changed. Raises Refused."""
+    check_bytes(head, 0, 0)
+    return Head(head)
+
+
+def check_bytes(data: bytes | bytearray, begin: int, known: int) -> None:
+    """Refuse control characters, CR and LF alone, and a request line that is too long, whichever comes first."""
+    limit = begin + LIMITS["request_line"]
+    in_request_line = data.find(b"\r\n", begin, limit) < 0
+    end = limit if in_request_line else begin + LIMITS["head"]
+    if BROKEN.search(data, max(known - 1, 0), end):  # the last byte that was known may have been a CR
+        raise Refused("bad_request", "A head has no control characters, and CR and LF only together.")
+    if in_request_line and len(data) >= limit:
+        raise Refused("uri_too_long", f"The request line must have at most {LIMITS['request_line'] >> 10} KiB.")
 
 
 @lru_cache(64)
@@ -1364,7 +1370,7 @@ def check_token(head: Head, token: str | None) -> None:
         raise Refused("unauthorized", "Send the header Authorization: Bearer TOKEN, with this server's token.")
 
 
-def check_body_head(head: Head, takes_json: bool, curl: str) -> None:
+def check_body_head(head: Head, takes_json: bool, server: Server) -> None:
     """What the head says of a body that this server does not read. Raises Refused."""
     if len(head.codings) > 1:
         raise Refused("not_implemented", f"The coding {head.codings[0][:80]} is not known. Send the plain body.")
@@ -1372,9 +1378,9 @@ def check_body_head(head: Head, takes_json: bool, curl: str) -> None:
         raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
     if head.length > LIMITS["body"]:
         raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
-    media_type = head.headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-    if takes_json and media_type not in JSON_TYPES:
-        raise Refused("unsupported_media_type", f"Send JSON: {curl}/chat/stream -N "
+    media_type = head.headers.get("content-type", "")
+    if takes_json and media_type.partition(";")[0].strip(" \t").lower() not in JSON_TYPES:
+        raise Refused("unsupported_media_type", f"Send JSON: {server.curl(head)}/chat/stream -N "
                       "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
 
 
@@ -1713,8 +1719,8 @@ def make_paths(routes: list[Route]) -> Paths:
     return paths
 
 
-def find_route(paths: Paths, method: str, path: str) -> tuple[Route | None, str, str]:
-    """The route (None for OPTIONS), the session_id in the path, and the methods that the path allows.
+def find_routes(paths: Paths, method: str, path: str) -> tuple[dict[str, Route], str]:
+    """The routes at a path by method, and the session_id in the path.
 
     Raises Refused: not_found, method_not_allowed.
     """
@@ -1725,10 +1731,10 @@ def find_route(paths: Paths, method: str, path: str) -> tuple[Route | None, str,
     methods = paths.get(known)
     if methods is None:
         raise Refused("not_found", f"There is nothing at {path[:200]}. GET / lists the endpoints.")
-    allow = ", ".join([*methods, "OPTIONS"])
     if method not in methods and method != "OPTIONS":
+        allow = ", ".join([*methods, "OPTIONS"])
         raise Refused("method_not_allowed", f"This path takes {allow}.", allow)
-    return methods.get(method), session_id, allow
+    return methods, session_id
 
 
 # ---- OpenAPI: the routes and events as a description for programs ---------------------------------------------
@@ -1820,11 +1826,13 @@ def response_head(status: int, headers: dict[str, str], closes: bool) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-def encode_reply(reply: Reply, closes: bool, is_head: bool = False) -> bytes:
+def encode_reply(reply: Reply, cors: dict[str, str], closes: bool, head_only: bool) -> bytes:
     """A reply as it is sent. HEAD gets the head that GET would get (RFC 9110, section 9.3.2)."""
-    length = {} if reply.status == 204 else {"Content-Length": str(len(reply.body))}
-    head = response_head(reply.status, {**reply.headers, **length}, closes)
-    return head if is_head else head + reply.body
+    fields = reply.headers | cors
+    if reply.status != 204:
+        fields["Content-Length"] = str(len(reply.body))
+    head = response_head(reply.status, fields, closes)
+    return head if head_only else head + reply.body
 
 
 class Handler(BaseRequestHandler):
@@ -1860,10 +1868,8 @@ class Handler(BaseRequestHandler):
         if isinstance(answer, Stream):
             self.write_stream(answer)
         elif answer:
-            begins_with_head = self.received.lstrip(b"\r\n").startswith(b"HEAD ")
-            is_head = self.head.method == "HEAD" if self.head else begins_with_head
-            reply = answer._replace(headers=answer.headers | self.cors)
-            self.send(encode_reply(reply, self.closes, is_head))
+            head_only = self.head.method == "HEAD" if self.head else self.received.startswith(b"HEAD ")
+            self.send(encode_reply(answer, self.cors, self.closes, head_only))
         if answer and self.closes:
             self.linger()
 
@@ -1891,12 +1897,13 @@ class Handler(BaseRequestHandler):
         check_host(head, server.settings)
         self.cors = check_origin(head, server.settings)
         check_token(head, server.settings.token)
-        route, session_id, allow = find_route(server.paths, head.method, head.path)
+        routes, session_id = find_routes(server.paths, head.method, head.path)
+        route = routes.get(head.method)
         takes_json = route is not None and route.body is not None
-        check_body_head(head, takes_json, server.curl(head))
-        body = self.read_body(head)
+        check_body_head(head, takes_json, server)
+        body = self.read_body(head) if head.has_body else b""
         if route is None:
-            return self.options(allow)
+            return self.options([*routes, "OPTIONS"])
         is_needed = route.body is not None and route.body["required"]
         fields = parse_json(body) if takes_json and (body or is_needed) else {}
         try:
@@ -1904,8 +1911,9 @@ class Handler(BaseRequestHandler):
         except OSError as error:  # of a file: any other one means that the client has left
             raise RuntimeError(f"{route.name} failed") from error
 
-    def options(self, allow: str) -> Reply:
+    def options(self, methods: list[str]) -> Reply:
         """Also the answer to a preflight, if the page's origin is allowed."""
+        allow = ", ".join(methods)
         preflight = {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600",
                      "Access-Control-Allow-Headers": "Authorization, Content-Type"}
         return Reply(204, {"Allow": allow, **(preflight if self.cors else {})})
@@ -2103,7 +2111,7 @@ class Server(ThreadingHTTPServer):
         refused = Refused("overloaded", "The server has as many connections as it can serve. Try again later.")
         request.setblocking(False)
         with suppress(OSError):
-            request.send(encode_reply(problem(refused), closes=True))
+            request.send(encode_reply(problem(refused), {}, closes=True, head_only=False))
             request.shutdown(socket.SHUT_WR)
         self.turned_away.append((time.monotonic(), request))  # of more than 100, the oldest is closed
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 r"""Streamable HTTP chat: multi-turn chat with a language model over plain HTTP/1.1, in one file.
 
-A client POSTs a message. The answer is a stream of events. Each event is one line of JSON, and each line is sent
-as one chunk of the chunked transfer coding (a "transfer chunk": size in hex, CRLF, data, CRLF) once it is due:
+A client POSTs a message. The answer is a stream of events. Each event is one line of JSON, and each line is
+sent, once it is due, as a chunk of the chunked transfer coding (a "transfer chunk": size in hex, CRLF, data,
+CRLF):
 
     > POST /sessions/demo/stream HTTP/1.1
     > Host: localhost:8000
@@ -31,9 +32,9 @@ as one chunk of the chunked transfer coding (a "transfer chunk": size in hex, CR
     < 0
     <
 
-The last line is a terminal event, `complete` or `error`. A stream without one was cut, but the turn runs on: a
-client that was cut off sends the same POST again and gets the same lines. `complete` adds the message and the
-answer to the history; `error` adds nothing. README.md has the whole protocol.
+The last line is a terminal event, `complete` or `error`. A stream without one was cut, but its turn runs on:
+a client that was cut off sends the same POST again and gets the same lines. `complete` adds the message and
+the answer to the history; `error` adds nothing. README.md has the whole protocol.
 
 How the data flows: bytes → Head → Request → endpoint → Turn ← run_model ← model(history), and from there
 Turn.follow → lines → transfer chunks → one send. Retry, resume and a second reader are the same follow().
@@ -63,6 +64,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from functools import cache, lru_cache, partial
+from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from ipaddress import IPv6Address, ip_address
 from json.encoder import encode_basestring_ascii
@@ -77,7 +79,7 @@ PAGE = PROGRAM.with_name("demo.html")
 VERSION = "2.0"
 FRAMEWORK = "Python http.server + HTTP Streaming"
 
-# ---- limits and codes: the numbers and words of the protocol --------------------------------------------------
+# ---- limits and codes: the numbers and words of the protocol ---------------------------------------------
 
 LIMITS = {
     "message": 100_000,  # characters: a short book's chapter
@@ -96,7 +98,6 @@ LIMITS = {
     "linger": 2,  # seconds in which a client may read an answer that was sent before its body was read
     "grace": 5,  # seconds that running turns get at shutdown
     "retry_after": 5,  # seconds: a restart takes no longer
-    "log_chunks": 1000,  # chunks of one turn that are logged per 0.1 s
     "log_text": 500,  # characters of a text in a log line
     "console": 10_000,  # log lines that wait for a terminal which does not take them
 }
@@ -104,24 +105,20 @@ LIMITS = {
 ID = r"[A-Za-z0-9_-]{1,64}"
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
-TITLES = {  # of status codes, as in RFC 9110 and RFC 6585; Python 3.11 and 3.12 have older ones for 413 and 414
-    200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
-    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
-    413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    503: "Service Unavailable", 505: "HTTP Version Not Supported",
-}
+# RFC 9110's titles. Python 3.11 and 3.12 have older ones for two of them.
+TITLES = {status.value: status.phrase for status in HTTPStatus}
+TITLES |= {413: "Content Too Large", 414: "URI Too Long"}
 
 PROBLEMS = {  # code of a problem: status
-    "bad_request": 400, "invalid_json": 400, "invalid_field": 400, "unauthorized": 401, "forbidden_origin": 403,
-    "forbidden_host": 403, "not_found": 404, "session_not_found": 404, "no_turn": 404, "method_not_allowed": 405,
-    "request_timeout": 408, "session_busy": 409, "session_exists": 409, "turn_id_reused": 409,
-    "length_required": 411, "payload_too_large": 413, "uri_too_long": 414, "unsupported_media_type": 415,
-    "headers_too_large": 431, "internal_error": 500, "not_implemented": 501, "overloaded": 503,
-    "version_not_supported": 505,
+    "bad_request": 400, "invalid_json": 400, "invalid_field": 400, "unauthorized": 401,
+    "forbidden_origin": 403, "forbidden_host": 403, "not_found": 404, "session_not_found": 404,
+    "no_turn": 404, "method_not_allowed": 405, "request_timeout": 408, "session_busy": 409, "session_exists": 409,
+    "turn_id_reused": 409, "length_required": 411, "payload_too_large": 413, "uri_too_long": 414,
+    "unsupported_media_type": 415, "headers_too_large": 431, "internal_error": 500, "not_implemented": 501,
+    "overloaded": 503, "version_not_supported": 505,
 }
 
-STREAM_ERRORS = {  # code of an `error` event: (retryable, message where nothing says more)
+STREAM_ERRORS = {  # code of an `error` event: (retryable, message if there is none that says more)
     "model_error": (False, "The model failed; the server's log has the details."),
     "model_not_found": (False, "The model does not exist."),
     "model_auth": (False, "The model's service refused the key."),
@@ -162,7 +159,7 @@ class Finish(NamedTuple):
 STOPPED = Finish("cancelled")
 Outcome = Finish | Failure
 
-# ---- wire: an event becomes a line, and a line becomes a transfer chunk ---------------------------------------
+# ---- wire: an event becomes a line, and a line becomes a transfer chunk ----------------------------------
 
 COMPACT = json.JSONEncoder(separators=(",", ":"))
 
@@ -204,7 +201,7 @@ def transfer_chunk(line: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(line), line)
 
 
-# ---- turn: a log of lines that any number of readers follow. It does not depend on sockets or on a model. -----
+# ---- turn: a log of lines that any number of readers follow. It does not depend on sockets or models. ----
 
 OPENING = 2  # lines before the chunks: session_info and status
 
@@ -212,9 +209,9 @@ OPENING = 2  # lines before the chunks: session_info and status
 class Turn:
     """One user message and its answer, as a log of lines.
 
-    Each line has a moment, in microseconds of clock(), before which no reader gets it. So the model may run ahead
-    of the pace, and a stop drops the lines that are not due. If the model ends while the last chunk is not due,
-    that chunk is held back: it becomes the final one when it is due. Otherwise an empty final chunk follows.
+    Each line has a moment, in microseconds of clock(), before which no reader gets it. So the model may run
+    ahead of the pace, and a stop drops the lines that are not due. If the model ends while the last chunk is
+    not due, that chunk is held back: it is the final one once it is due. Otherwise an empty one follows.
     """
 
     def __init__(self, session: Session, turn_id: str, message: str, created: bool, delay: float,
@@ -225,22 +222,21 @@ class Turn:
         self.changed = threading.Condition()  # guards what follows, and wakes readers
         self.state = "running"  # then "complete" or "failed"
         self.is_ending = False  # no more chunks are taken
-        self.started = clock()
-        self.epoch = wall_clock() - self.started  # one for the turn, so that a step of the clock never shows in it
-        self.lines: list[bytes] = []
-        self.moments: list[int] = []  # of each line, ascending
+        self.began = clock()
+        self.epoch = wall_clock() - self.began  # one for the turn, so that a step of the clock never shows
+        self.started = self.timestamp(self.began)
         self.texts: list[str] = []  # of each chunk
+        self.lines = [
+            encode(type="session_info", session_id=session.session_id, turn_id=turn_id, model=session.model,
+                   created=created, timestamp=self.started),
+            encode(type="status", message="Generating response...", context_messages=self.context_messages)]
+        self.moments = [self.began] * OPENING  # of each line, ascending
         self.held = ""  # the last chunk, while it is held back
-        self.heard: int | None = self.started  # the model's last sign of life; None when it is done
+        self.heard: int | None = self.began  # the model's last sign of life; None when it is done
         self.pieces: Any = None  # the model's iterator, while it runs
         self.readers = 0
         self.deserted: int | None = None  # when the last reader left
         self.logged = 0  # chunks that the console has shown
-        timestamp = self.timestamp(self.started)
-        self._append(self.started, encode(type="session_info", session_id=session.session_id, turn_id=turn_id,
-                                          model=session.model, created=created, timestamp=timestamp))
-        self._append(self.started, encode(type="status", message="Generating response...",
-                                          context_messages=self.context_messages))
 
     def timestamp(self, moment: int) -> str:
         """A moment of clock() as the wall clock shows it."""
@@ -250,10 +246,6 @@ class Turn:
         """How many chunks have been released: those that are due."""
         released = bisect_right(self.moments, clock()) - OPENING
         return released if self.state == "running" else released - 1
-
-    def _append(self, moment: int, line: bytes) -> None:
-        self.moments.append(moment)
-        self.lines.append(line)
 
     def add(self, texts: list[str]) -> None:
         """Add chunks at the pace. Once the turn is ending, they are dropped."""
@@ -265,15 +257,15 @@ class Turn:
                 moment = max(moment, self.moments[-1] + self.delay)
             for text in texts:
                 self.texts.append(text)
-                self._append(moment, encode_chunk(text, len(self.texts), False, self.timestamp(moment)))
+                self.lines.append(encode_chunk(text, len(self.texts), False, self.timestamp(moment)))
+                self.moments.append(moment)
                 moment += self.delay
             self.changed.notify_all()
 
     def wait_for_pace(self, hold: bool) -> None:
         """The model is done: return when the last chunk is due, or when something else ends the turn."""
         with self.changed:
-            self.heard = None
-            due = self.moments[-1]
+            self.heard, due = None, self.moments[-1]
             if hold and due > clock() and not self.is_ending:
                 self.held = self.texts.pop()
                 del self.lines[-1], self.moments[-1]
@@ -281,7 +273,7 @@ class Turn:
                 self.changed.wait(rest / 1e6)
 
     def close(self, is_stop: bool) -> int:
-        """Drop the chunks that are not due and take no more. Returns the moment of this; finish() must follow."""
+        """Drop the chunks that are not due and take no more. Returns the moment; finish() must follow."""
         with self.changed:
             now = clock()
             due = bisect_right(self.moments, now)
@@ -294,59 +286,57 @@ class Turn:
 
     def ending(self, outcome: Outcome, now: int) -> list[bytes]:
         """The lines that end the log: the final chunk if the turn completes, and the terminal event."""
-        ids = {"session_id": self.session.session_id, "turn_id": self.turn_id, "timestamp": self.timestamp(now)}
+        timestamp = self.timestamp(now)
+        ids = {"session_id": self.session.session_id, "turn_id": self.turn_id, "timestamp": timestamp}
         if isinstance(outcome, Failure):
-            retryable = STREAM_ERRORS[outcome.code][0]
-            return [encode(type="error", code=outcome.code, message=outcome.message, retryable=retryable, **ids)]
-        count = self.context_messages + (2 if self.texts or self.held else 0)
+            return [encode(type="error", code=outcome.code, message=outcome.message,
+                           retryable=STREAM_ERRORS[outcome.code][0], **ids)]
+        total, gained = len(self.texts) + 1, 2 if self.texts or self.held else 0
         usage = {"usage": outcome.usage} if outcome.usage else {}
-        total = len(self.texts) + 1
-        return [encode_chunk(self.held, total, True, self.timestamp(now)), encode(
+        return [encode_chunk(self.held, total, True, timestamp), encode(
             type="complete", finish_reason=outcome.reason, total_chunks=total,
-            processing_time=(now - self.started) / 1e6, message_count=count, **usage, **ids)]
+            processing_time=(now - self.began) / 1e6, message_count=self.context_messages + gained, **usage,
+            **ids)]
 
     def finish(self, state: str, ending: list[bytes], now: int) -> None:
         """End the turn. (`changed` is held.)"""
-        for line in ending:
-            self._append(now, line)
+        self.lines += ending
+        self.moments += [now] * len(ending)
         self.state = state
         self.changed.notify_all()
 
     def follow(self, after: int, heartbeat: float) -> Generator[list[bytes]]:
         """Yield the log without chunks 1 to `after`: the lines that are due, as many at a time as there are.
 
-        The terminal event comes last. An empty list means that `heartbeat` seconds have passed without a line.
+        The terminal event comes last. An empty list means that `heartbeat` seconds passed without a line.
         """
         with self.changed:
             self.readers += 1
         try:
             yield self.lines[:OPENING]
-            yield from self._follow(OPENING + after, round(heartbeat * 1e6))
+            at, spoken, running = OPENING + after, clock(), True
+            while running:
+                with self.changed:
+                    now, running = clock(), self.state == "running"
+                    if not running:
+                        at = min(at, len(self.lines) - 1)  # the terminal event comes whatever `after` was
+                    due = bisect_right(self.moments, now, min(at, len(self.moments)))
+                    lines, following = self.lines[at:due], self.moments[at : at + 1]
+                    rest = spoken + round(heartbeat * 1e6) - now
+                    waits = running and not lines and rest > 0
+                    if waits and not following:
+                        self.changed.wait(rest / 1e6)
+                        continue
+                if waits:  # for a moment that is known: a sleep costs half of a wait on the Condition
+                    time.sleep(max(min(following[0] - clock(), rest, 100_000), 0) / 1e6)
+                    continue
+                yield lines
+                at, spoken = at + len(lines), clock()
         finally:
             with self.changed:
                 self.readers -= 1
                 if not self.readers:
                     self.deserted = clock()
-
-    def _follow(self, at: int, heartbeat: int) -> Generator[list[bytes]]:
-        spoken, running = clock(), True
-        while running:
-            with self.changed:
-                now, running = clock(), self.state == "running"
-                if not running:
-                    at = min(at, len(self.lines) - 1)  # the terminal event comes whatever `after` was
-                due = bisect_right(self.moments, now, min(at, len(self.moments)))
-                lines, following = self.lines[at:due], self.moments[at : at + 1]
-                rest = spoken + heartbeat - now
-                waits = running and not lines and rest > 0
-                if waits and not following:
-                    self.changed.wait(rest / 1e6)
-                    continue
-            if waits:  # for a moment that is known: a sleep costs half of a wait on the Condition
-                time.sleep(max(min(following[0] - clock(), rest, 100_000), 0) / 1e6)
-                continue
-            yield lines
-            at, spoken = at + len(lines), clock()
 
 
 def split(piece: str, words: int) -> list[str]:
@@ -362,10 +352,10 @@ def split(piece: str, words: int) -> list[str]:
     return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
 
 
-# ---- sessions: who may begin a turn, and what is remembered. It does not depend on HTTP. ----------------------
+# ---- sessions: who may begin a turn, and what is remembered. It does not depend on HTTP. -----------------
 #
-# Two locks, taken in this order: each Turn's `changed`, and Sessions.lock, which guards the dict of sessions, their
-# histories and the counters. Neither is held while the disk is waited for: alone() keeps others out of a session.
+# Two locks, taken in this order: each Turn's `changed`, and Sessions.lock, which guards the dict of sessions,
+# their histories and the counters. Neither is held while the disk is waited for: alone() takes care of that.
 
 
 class Message(NamedTuple):
@@ -428,7 +418,7 @@ class Session:
 
 
 class Sessions:
-    """The lock-guarded dict of all sessions, and the counters. Its methods raise Refused and DatabaseError."""
+    """The lock-guarded dict of all sessions, and the counters. Methods raise Refused and DatabaseError."""
 
     def __init__(self, settings: argparse.Namespace, console: Console, database: Database | None) -> None:
         self.settings, self.console, self.database = settings, console, database
@@ -440,18 +430,18 @@ class Sessions:
         self.models = 0  # threads that run a model, some of them for turns that have ended
         self.successful = self.failed = self.created = self.chunks = self.bytes = 0
         self.response_time = 0.0  # seconds, of all turns that have ended
-        self.first_chunks: deque[float] = deque(maxlen=1000)  # seconds from the start of a turn to its first chunk
+        self.first_chunks: deque[float] = deque(maxlen=1000)  # seconds from a turn's start to its first chunk
 
     def get(self, session_id: str) -> Session:
         """The session. Raises Refused: session_not_found."""
         session = self.sessions.get(session_id)
         if session is None:
-            raise Refused("session_not_found", "There is no such session. GET /sessions lists the existing ones.")
+            raise Refused("session_not_found", "There is no such session. GET /sessions lists them.")
         return session
 
     @contextmanager
     def alone(self, session_id: str) -> Iterator[None]:
-        """Let one thread at a time begin or end a turn in a session, or make, clear or delete it; others wait."""
+        """Let one thread at a time begin or end a turn in a session, or make, clear or delete it."""
         with self.lock:
             while session_id in self.taken:
                 self.lock.wait()
@@ -467,15 +457,11 @@ class Sessions:
         """A new session. Raises Refused: session_exists, overloaded."""
         with self.alone(session_id):
             if session_id in self.sessions:
-                raise Refused("session_exists", f"The session {session_id} exists. Choose another session_id.")
-            self._check_open()
+                raise Refused("session_exists", f"The session {session_id} exists. Choose another id.")
             return self._add(session_id, model)
 
-    def _check_open(self) -> None:
-        if self.closing:
-            raise Refused("overloaded", "The server is shutting down. Try again when it is back.")
-
     def _add(self, session_id: str, model: str) -> Session:
+        self._check_open()
         if len(self.sessions) >= LIMITS["sessions"]:
             raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one of them.")
         now = wall_clock()
@@ -487,6 +473,10 @@ class Sessions:
             self.created += 1
         return session
 
+    def _check_open(self) -> None:
+        if self.closing:
+            raise Refused("overloaded", "The server is shutting down. Try again when it is back.")
+
     def begin(self, message: str, session_id: str, turn_id: str | None, client: str) -> Turn | KeptTurn:
         """The turn that a POST follows: the one that it repeats, or a new one.
 
@@ -496,34 +486,35 @@ class Sessions:
             session = self.sessions.get(session_id)
             known = session.find(turn_id) if session and turn_id else None
             if known and known.message != message:
-                raise Refused("turn_id_reused", f"The turn {turn_id} has another message. Choose a new turn_id.")
+                raise Refused("turn_id_reused", f"The turn {turn_id} has another message. Choose a new id.")
             if known:
                 return known
             if session and session.running_turn():
-                raise Refused("session_busy", "A turn is running in this session. Wait for its end, or stop it.")
+                raise Refused("session_busy", "A turn is running in this session. Wait for it, or stop it.")
             self._check_open()
             if self.models >= self.settings.max_connections:
                 raise Refused("overloaded", "Too many turns are running. Try again in a moment.")
             created = session is None
             session = session or self._add(session_id, self.settings.model)
-            turn = Turn(session, turn_id or str(uuid.uuid4()), message, created, self.settings.chunk_delay, client)
+            delay = self.settings.chunk_delay
+            turn = Turn(session, turn_id or str(uuid.uuid4()), message, created, delay, client)
             self._start(turn)
             return turn
 
     def _start(self, turn: Turn) -> None:
         session = turn.session
+        history = [*session.messages(), Message("user", turn.message, turn.started, turn.turn_id)]
         with self.lock:
-            question = Message("user", turn.message, turn.timestamp(turn.started), turn.turn_id)
-            history = [*session.messages(), question]
-            session.latest, session.last_activity = turn, turn.epoch + turn.started
+            session.latest, session.last_activity = turn, turn.epoch + turn.began
             self.running[turn] = None
             self.models += 1
         self.console.turn_started(turn, len(self.running))
         try:
             _thread.start_new_thread(self._run, (turn, history))  # Thread.start() would wait until it runs
-        except RuntimeError as error:  # the system has no thread left
-            self.models -= 1
-            self._end(turn, Failure("internal_error", f"The server is out of resources ({error}). Try again."))
+        except RuntimeError:  # the system has no thread left
+            with self.lock:
+                self.models -= 1
+            self._end(turn, Failure("internal_error"))
 
     def _run(self, turn: Turn, history: list[Message]) -> None:
         """Run the session's model into the turn, in a thread of its own."""
@@ -551,9 +542,8 @@ class Sessions:
         now = turn.close(is_stop=outcome == STOPPED)
         ending = turn.ending(outcome, now)
         if isinstance(outcome, Finish) and (turn.texts or turn.held):
-            kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.held,
-                            turn.timestamp(turn.started), turn.timestamp(now),
-                            zlib.compress(b"".join([*turn.lines, *ending]), 1))
+            kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.held, turn.started,
+                            turn.timestamp(now), zlib.compress(b"".join(turn.lines + ending), 1))
             try:
                 if self.database:
                     self.database.add_turn(session.session_id, kept, turn.epoch + now)
@@ -569,7 +559,8 @@ class Sessions:
             self._count(turn, now)
         self.console.turn_ended(turn, outcome, now, len(self.running))
         if turn.pieces is not None:
-            _thread.start_new_thread(close_model, (turn,))  # its close() may block
+            with suppress(RuntimeError):  # the system has no thread left
+                _thread.start_new_thread(close_model, (turn,))  # a close() may block
         return True
 
     def _count(self, turn: Turn, now: int) -> None:
@@ -580,57 +571,46 @@ class Sessions:
             self.failed += 1
         self.chunks += turn.chunks()
         self.bytes += sum(map(len, turn.lines))
-        self.response_time += (now - turn.started) / 1e6
+        self.response_time += (now - turn.began) / 1e6
         if turn.texts:
-            self.first_chunks.append((turn.moments[OPENING] - turn.started) / 1e6)
+            self.first_chunks.append((turn.moments[OPENING] - turn.began) / 1e6)
 
     def stop(self, session_id: str, turn_id: str | None) -> bool:
         """Stop the running turn if it is the one named, or if none is named. True if this ended a turn."""
         turn = self.get(session_id).running_turn()
         return turn is not None and turn_id in (None, turn.turn_id) and self.end(turn, STOPPED)
 
-    def clear(self, session_id: str) -> None:
-        """Forget the history, and end a running turn."""
+    def clear(self, session_id: str, deletes: bool) -> None:
+        """Forget the history, or the whole session, and end a running turn."""
         with self.alone(session_id):
-            self._empty(session_id, "session_cleared", self.database and self.database.clear)
-
-    def delete(self, session_id: str) -> None:
-        """Forget the session, and end a running turn."""
-        with self.alone(session_id):
-            self._empty(session_id, "session_deleted", self.database and self.database.delete)
+            session, now = self.get(session_id), wall_clock()
+            if self.database:
+                self.database.clear(session_id, deletes, now)
+            turn = session.running_turn()
+            if turn:
+                self._end(turn, Failure("session_deleted" if deletes else "session_cleared"))
             with self.lock:
-                del self.sessions[session_id]
-
-    def _empty(self, session_id: str, code: str, write: Any) -> None:
-        session, now = self.get(session_id), wall_clock()
-        if write:
-            write(session_id, now)
-        turn = session.running_turn()
-        if turn:
-            self._end(turn, Failure(code))
-        with self.lock:
-            session.history, session.latest, session.last_activity = [], None, now
-
-    def sweep_forever(self) -> None:
-        """Sweep ten times a second, in a thread of its own, so that it never delays accept()."""
-        while True:
-            time.sleep(0.1)
-            try:
-                self.sweep()
-            except Exception as error:
-                self.console.trouble(error)
+                session.history, session.latest, session.last_activity = [], None, now
+                if deletes:
+                    del self.sessions[session_id]
 
     def sweep(self) -> None:
-        """End the turns that have had no reader for the resume window, and those whose model is silent."""
-        for turn in list(self.running):
-            now = clock()
-            if turn.deserted and not turn.readers and now - turn.deserted >= self.settings.resume_window * 1e6:
-                self.end(turn, STOPPED)
-            elif turn.heard and now - turn.heard >= LIMITS["model_silence"] * 1e6:
-                silence = f"The model was silent for {LIMITS['model_silence']} s. Send the same request again."
-                self.end(turn, Failure("model_cut", silence))
-            else:
-                self.console.turn_goes_on(turn)
+        """End turns that had no reader for the resume window, and those whose model is silent.
+
+        Runs ten times a second in a thread of its own, so that it never delays accept().
+        """
+        window, silence = self.settings.resume_window * 1e6, LIMITS["model_silence"]
+        while True:
+            time.sleep(0.1)
+            for turn in list(self.running):
+                now = clock()
+                if turn.deserted and not turn.readers and now - turn.deserted >= window:
+                    self.end(turn, STOPPED)
+                elif turn.heard and now - turn.heard >= silence * 1e6:
+                    why = f"The model was silent for {silence} s. Send the same request again."
+                    self.end(turn, Failure("model_cut", why))
+                else:
+                    self.console.turn_goes_on(turn)
 
     def close(self) -> None:
         """Begin no turn, give running ones their grace, and end the rest."""
@@ -640,8 +620,9 @@ class Sessions:
             self.end(turn, Failure("server_shutdown"))
 
 
-# ---- models: a model is called with a history and returns an iterator of pieces. Its end is `stop`, unless the
-# ---- last item is a Finish. It may raise Failure. What it returns may have a close() for other threads to call.
+# ---- models: a model takes a history and returns an iterator of pieces -----------------------------------
+#
+# Its end is `stop`, unless the last item is a Finish. It may raise Failure. The iterator may have a close().
 
 Model = Callable[[list[Message]], Iterable[Any]]
 FUNCTIONS: dict[str, Model] = {}  # MODULE:FUNCTION of the command line
@@ -715,7 +696,7 @@ def model_problem(model_id: str) -> str | None:
 
 
 def import_function(name: str) -> None:
-    """Put the function that MODULE:FUNCTION names into FUNCTIONS. It may raise anything."""
+    """Put the function that MODULE:FUNCTION names into FUNCTIONS. Raises whatever its import raises."""
     from importlib import import_module
 
     module, _, function = name.partition(":")
@@ -733,8 +714,8 @@ def offline(history: list[Message]) -> Iterator[str]:
            f"This is the offline model. {before} messages came before this one.")
 
 
-# Gemini, by google-genai's asynchronous client. One event loop, in a thread of its own, serves all turns: only a
-# task can be cancelled whatever it waits for, be it a connect, TLS, the head, the next event or a retry's pause.
+# Gemini, by google-genai's asynchronous client. One event loop, in a thread of its own, serves all turns:
+# only a task can be cancelled whatever it waits for: a connect, TLS, a head, an event or the pause of a retry.
 
 DEFAULT_GEMINI = "gemini-3.8-flash"
 GEMINI_STATUSES = {  # status: stream error code, and what to do about it; any other is model_error
@@ -749,7 +730,7 @@ FILTERS = ["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "M
 FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length", **dict.fromkeys(FILTERS, "content_filter")}
 PROXIES = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"]
 NETWORK = [*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL"]
-MISCONFIGURED = re.compile("Proxy|UnsupportedProtocol|InvalidURL|Cert|ExceptionGroup")  # in names of exceptions
+MISCONFIGURED = re.compile("Proxy|UnsupportedProtocol|InvalidURL|Cert|ExceptionGroup")  # names of exceptions
 LOOKS_LIKE_A_KEY = re.compile(r"\b(AIza|AQ\.|ya29\.)[\w.-]{20,}")
 
 
@@ -765,12 +746,6 @@ def gemini_on_vertex() -> bool:
     return flag.lower() in ("true", "1")
 
 
-def choose_model() -> str:
-    """The model if the command line names none."""
-    has_gemini = gemini_keys() or gemini_on_vertex()
-    return os.environ.get("GENAI_MODEL_ID") or (DEFAULT_GEMINI if has_gemini else "offline")
-
-
 class GeminiAnswer:
     """The texts of one answer as they come, then a Finish. close() cancels the request, from any thread."""
 
@@ -778,7 +753,7 @@ class GeminiAnswer:
     loop: Any = None
 
     def __init__(self, model_id: str, history: list[Message]) -> None:
-        import asyncio  # takes as long to import as all the rest, and comes with google-genai anyway
+        import asyncio  # comes with google-genai, and takes as long to load as all the rest
 
         with self.starting:
             if not self.loop:
@@ -871,8 +846,8 @@ def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
         cause = cause.__cause__ or cause.__context__
     status = getattr(error, "code", None)
     if isinstance(status, int):
-        is_bad_key = status == 400 and "API_KEY_INVALID" in str(error)
-        code, advice = GEMINI_STATUSES.get(401 if is_bad_key else status, ("model_error", "The request failed."))
+        known = 401 if status == 400 and "API_KEY_INVALID" in str(error) else status
+        code, advice = GEMINI_STATUSES.get(known, ("model_error", "The request failed."))
         said = without_keys(str(error.message or error.status or "no reason"))
         return Failure(code, f"{model_id}: {advice} Gemini said: {status}, {said}")
     if "google.auth" in kinds and name != "TransportError":
@@ -881,7 +856,7 @@ def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
     unreachable_proxy = "Connect" in kinds and set(here) & set(PROXIES)
     if at_setup or unreachable_proxy or MISCONFIGURED.search(kinds):
         advice = f"Check {', '.join(NETWORK)} (set here: {', '.join(here) or 'none'})."
-        return Failure("model_error", f"{model_id}: This configuration cannot work ({name}: {text}). {advice}")
+        return Failure("model_error", f"{model_id}: No connection can work so ({name}: {text}). {advice}")
     return Failure("model_cut", f"{model_id}: The connection broke or could not be made ({name}).")
 
 
@@ -892,7 +867,7 @@ def without_keys(text: str) -> str:
     return " ".join(LOOKS_LIKE_A_KEY.sub("[key]", text).split())[:600].rstrip(".")
 
 
-# ---- database: what --db keeps, in a file of SQLite. It is read once, at start, and after that only written. --
+# ---- database: what --db keeps, in a file of SQLite. It is read at start, and after that only written. -----
 
 APPLICATION_ID = int.from_bytes(b"SCht", "big")  # in the header of the file: whose it is
 SCHEMA_VERSION = 2
@@ -911,13 +886,12 @@ class DatabaseError(Exception):
 
 
 class Database:
-    """The file of --db. One server has it at a time; other programs may read it. Methods raise DatabaseError."""
+    """The file of --db. One server has it at a time; others may read it. Methods raise DatabaseError."""
 
     def __init__(self, file: str) -> None:
         import sqlite3  # not needed without --db, and some builds of Python lack it
 
-        self.path = Path(file).resolve()
-        self.lock = threading.Lock()
+        self.path, self.lock = Path(file).resolve(), threading.Lock()
         try:
             # The lock is on a file of its own, so that others can read this one. It ends with the process.
             self.owner = self._connect(f"{self.path}-lock")
@@ -950,7 +924,7 @@ class Database:
         new.replace(self.path)
 
     def _check_header(self) -> None:
-        """Look at the header (sqlite.org/fileformat.html) without SQLite, which would change what is not ours."""
+        """Read the header (sqlite.org/fileformat.html) without SQLite, which might change the file."""
         with self.path.open("rb") as file:
             header = file.read(100)
         if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
@@ -974,9 +948,8 @@ class Database:
                 raise OSError(f"it is damaged ({' '.join(damage.split())})")
             rows = found.execute("SELECT session_id, model, created_at, last_activity FROM sessions")
             sessions = {row[0]: Session(*row) for row in rows}
-            rows = found.execute("SELECT session_id, turn_id, message, answer, started, ended, log "
-                                 "FROM turns ORDER BY rowid")
-            for session_id, *turn in rows:
+            columns = "session_id, turn_id, message, answer, started, ended, log"
+            for session_id, *turn in found.execute(f"SELECT {columns} FROM turns ORDER BY rowid"):
                 sessions[session_id].history.append(KeptTurn(*turn))
         return sessions
 
@@ -995,6 +968,7 @@ class Database:
                 raise DatabaseError(f"cannot write {self.path}: {error}") from None
 
     def add_session(self, session: Session) -> None:
+        """A new session."""
         self._write(("INSERT INTO sessions VALUES (?, ?, ?, ?)",
                      (session.session_id, session.model, session.created_at, session.last_activity)))
 
@@ -1003,21 +977,20 @@ class Database:
         self._write(("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?)", (session_id, *turn)),
                     ("UPDATE sessions SET last_activity = ? WHERE session_id = ?", (now, session_id)))
 
-    def clear(self, session_id: str, now: int) -> None:
+    def clear(self, session_id: str, deletes: bool, now: int) -> None:
+        """Forget a session's history, or the whole session."""
+        change = "DELETE FROM sessions" if deletes else f"UPDATE sessions SET last_activity = {now}"
         self._write(("DELETE FROM turns WHERE session_id = ?", (session_id,)),
-                    ("UPDATE sessions SET last_activity = ? WHERE session_id = ?", (now, session_id)))
-
-    def delete(self, session_id: str, now: int) -> None:
-        self._write(("DELETE FROM turns WHERE session_id = ?", (session_id,)),
-                    ("DELETE FROM sessions WHERE session_id = ?", (session_id,)))
+                    (f"{change} WHERE session_id = ?", (session_id,)))
 
     def close(self) -> None:
+        """Give the file free."""
         with self.lock:
             self.connection.close()
             self.owner.close()
 
 
-# ---- console: banner, boxes and log lines ---------------------------------------------------------------------
+# ---- console: banner, boxes and log lines ----------------------------------------------------------------
 
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 WIDTH = 62  # columns inside a box
@@ -1056,23 +1029,22 @@ def box(title: str, rows: dict[str, str]) -> str:
     """A box of lines with a title in its upper edge."""
     head = f"┌─ {title} "
     lines = [f"│ {fit(f'{name}: {value}', WIDTH - 1)}│" for name, value in rows.items()]
-    return "\n".join([head + "─" * (WIDTH + 1 - columns(head)) + "┐", *lines, "└" + "─" * WIDTH + "┘"])
+    return "\n".join([head + "─" * (WIDTH + 1 - columns(head)) + "┐", *lines, f"└{'─' * WIDTH}┘"])
 
 
 def banner(rows: dict[str, str]) -> str:
     """What a server shows at a terminal when it starts."""
-    title = "📡 STREAMABLE HTTP CHAT SERVER 📡"
-    indent = " " * ((WIDTH - columns(title)) // 2)
-    lines = [f"║{fit(indent + title, WIDTH)}║", "╠" + "═" * WIDTH + "╣"]
-    lines += [f"║  {fit(f'{name}: {value}', WIDTH - 2)}║" for name, value in rows.items()]
-    return "\n".join(["╔" + "═" * WIDTH + "╗", *lines, "╚" + "═" * WIDTH + "╝"])
+    title = f"{'📡 STREAMABLE HTTP CHAT SERVER 📡':^{WIDTH - 2}}"  # the emoji are two columns wider
+    lines = [f"║  {fit(f'{name}: {value}', WIDTH - 2)}║" for name, value in rows.items()]
+    edges = [f"{left}{'═' * WIDTH}{right}" for left, right in ("╔╗", "╠╣", "╚╝")]
+    return "\n".join([edges[0], f"║{title}║", edges[1], *lines, edges[2]])
 
 
 class Console:
     """Writes what happens: boxes at a terminal, otherwise a line of key=value for each event.
 
-    A thread of its own writes, so that a terminal that takes nothing (a full pipe, Ctrl-S) delays no turn. More
-    than LIMITS["console"] waiting texts are dropped.
+    A thread of its own writes, so that a terminal that takes nothing (a full pipe, Ctrl-S) delays no turn.
+    More than LIMITS["console"] waiting texts are dropped.
     """
 
     def __init__(self, mode: str) -> None:
@@ -1113,7 +1085,7 @@ class Console:
         self.print(write(event, rows, at or wall_clock()))
 
     def trouble(self, error: BaseException) -> None:
-        """Log what somebody must mend, on standard error, whatever the mode. A bug comes with its traceback."""
+        """Log what somebody must mend, on standard error in every mode. A bug comes with its traceback."""
         lines = [plain("trouble", {"Error": f"{type(error).__name__}: {error}"}, wall_clock())]
         self.errors.append(lines[0])
         if not isinstance(error, DatabaseError):
@@ -1127,12 +1099,12 @@ class Console:
             "Message": turn.message, "Active Streams": active, "Transfer-Encoding": "chunked"})
 
     def turn_goes_on(self, turn: Turn) -> None:
-        """Log the chunks that were released since the last call."""
+        """Log the chunks that were released since the last call, but at most a thousand."""
         if self.mode != "full":
             return
         with turn.changed:
             first, turn.logged = turn.logged, min(turn.chunks(), len(turn.texts))
-            for at in range(first, min(turn.logged, first + LIMITS["log_chunks"])):
+            for at in range(first, min(turn.logged, first + 1000)):
                 row = {"Session": turn.session.session_id, "Number": at + 1, "Text": turn.texts[at]}
                 self.log("chunk", row, turn.epoch + turn.moments[OPENING + at])
 
@@ -1140,10 +1112,11 @@ class Console:
         """Log the end of a turn."""
         self.turn_goes_on(turn)
         rows = {"Session": turn.session.session_id, "Turn": turn.turn_id, "Total Chunks": turn.chunks(),
-                "Total Time": f"{(now - turn.started) / 1e6:.3f}s", "Active Streams": active}
+                "Total Time": f"{(now - turn.began) / 1e6:.3f}s", "Active Streams": active}
         if isinstance(outcome, Failure):
-            self.errors.append(f"{stamp(turn.epoch + now)} {outcome.code}: {outcome.message}")
-            self.log("stream_failed", {**rows, "Status": f"FAILED ({outcome.code})", "Detail": outcome.message})
+            self.errors.append(f"{turn.timestamp(now)} {outcome.code}: {outcome.message}")
+            rows |= {"Status": f"FAILED ({outcome.code})", "Detail": outcome.message}
+            self.log("stream_failed", rows)
             if outcome.__cause__:
                 self.trouble(outcome.__cause__)
         elif outcome == STOPPED:
@@ -1156,17 +1129,16 @@ class Console:
         time_of_day = datetime.fromtimestamp(at / 1e6).strftime("%H:%M:%S.%f")[:-3]
         if event == "chunk":
             return f"📡 [{time_of_day}] Chunk #{rows['Number']}: \"{fit(rows['Text'], 60).rstrip()}\""
-        if event not in BOXES:
-            words = " ".join(f"{name}: {value}" for name, value in rows.items())
-            return self._paint("2", f"[{time_of_day}] {event.replace('_', ' ')} {words}")
-        colour, title = BOXES[event]
-        detail = rows.pop("Detail", "")
-        rows.pop("Turn", None)
-        if "Session" in rows:
-            rows["Session"] = fit(rows["Session"], 11).rstrip()
-        return self._paint(colour, f"\n{box(f'{title} [{time_of_day}]', rows)}\n{detail}".rstrip())
-
-    def _paint(self, colour: str, text: str) -> str:
+        if event in BOXES:
+            colour, title = BOXES[event]
+            detail = rows.pop("Detail", "")
+            rows.pop("Turn", None)
+            if "Session" in rows:
+                rows["Session"] = fit(rows["Session"], 11).rstrip()
+            text = f"\n{box(f'{title} [{time_of_day}]', rows)}\n{detail}".rstrip()
+        else:
+            words = ", ".join(f"{name}: {value}" for name, value in rows.items())
+            colour, text = "2", f"[{time_of_day}] {event.replace('_', ' ')}  {words}"
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour else text
 
 
@@ -1177,7 +1149,7 @@ def plain(event: str, rows: dict[str, Any], at: int) -> str:
 
 
 def word(text: str) -> str:
-    """A value in a log line: bare if it is one plain word, otherwise in quotes, with escapes, and not too long."""
+    """A value in a log line: bare if it is one plain word, otherwise in quotes and with escapes."""
     if re.fullmatch(r"[\w.:/+-]{1,100}", text, re.ASCII):
         return text
     if len(text) > LIMITS["log_text"]:
@@ -1185,99 +1157,138 @@ def word(text: str) -> str:
     return escape(json.dumps(text, ensure_ascii=False))
 
 
-# ---- requests: from bytes to a request whose head and body have passed the checks. They raise Refused. --------
+# ---- requests: from bytes to a head that has passed the checks, and to the fields of a body --------------
 
 NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # of a method or a field: `token` in RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rf"({NAME}) ([!\"$-~]+) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(rf"({NAME}):(.*)")
 URL = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
-HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+))(?::[0-9]{0,5})?")
-BROKEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")  # controls, a bare CR, a bare LF
-DIGITS = re.compile("[0-9]+")
+REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"
+HOST = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({REG_NAME}))(?::[0-9]{{0,5}})?")
+BROKEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")  # a control, CR or LF alone
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # https: behind a proxy
 JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")  # the second is curl's, with -d
 
 
 class Head:
-    """The head of a request that follows the grammar (RFC 9112, sections 2 to 6)."""
+    """The head of a request that follows the grammar (RFC 9112, sections 2 to 6). Methods raise Refused."""
 
     def __init__(self, head: bytes) -> None:
-        """`head` has no control characters but CRLF, and not the empty line at its end. Raises Refused."""
+        """`head` has no control characters but CRLF, and not the empty line at its end."""
         first, *rows = head.decode("latin-1").removesuffix("\r\n").split("\r\n")
         match = REQUEST_LINE.fullmatch(first)
         if not match:
-            raise Refused("bad_request", f"A request begins with METHOD TARGET HTTP/1.1, not with {first[:80]!r}.")
+            raise Refused("bad_request", f"A request begins with METHOD TARGET HTTP/1.1, not {first[:80]!r}.")
         self.method, target, major, minor = match.groups()
         if major != "1":
             raise Refused("version_not_supported", "This server speaks HTTP/1.1.")
         self.is_1_0 = minor == "0"  # any later 1.x is served as 1.1: RFC 9110, section 2.5
-        self.headers = parse_fields(rows)
-        self.host = self._check_host()
-        authority, self.path, self.query = parse_target(target)
-        self.host = authority or self.host
-        self.codings = self.elements("transfer-encoding")
-        self.length = self._check_framing()
+        self.headers = self._parse_fields(rows)
+        self.host = self.headers.get("host", "")
+        # Two Host fields are joined by a comma and a space, which no name has. HTTP/1.0 may send none.
+        if not host_name(self.host) and ("host" in self.headers or not self.is_1_0):
+            raise Refused("bad_request", "Send one Host field, with a name or an address and perhaps a port.")
+        self.path, self.query = self._parse_target(target)
+        self.codings, self.length = self._parse_framing()
         self.has_body = bool(self.codings or self.length)
-        self.closes = self.is_1_0 or "close" in self.elements("connection")  # RFC 9112, section 9.6
-        expects = "100-continue" in self.elements("expect")  # RFC 9110, section 10.1.1
+        self.closes = self.is_1_0 or "close" in self._list("connection")  # section 9.6
+        expects = "100-continue" in self._list("expect")  # RFC 9110, section 10.1.1
         self.expects_continue = expects and self.length > 0 and not self.is_1_0
 
-    def elements(self, name: str) -> list[str]:
+    def _parse_fields(self, rows: list[str]) -> dict[str, str]:
+        """Names in lower case and values (section 5). Values of a repeated name are joined by a comma."""
+        if len(rows) > LIMITS["fields"]:
+            raise Refused("headers_too_large", f"The head must have at most {LIMITS['fields']} fields.")
+        headers: dict[str, str] = {}
+        for row in rows:
+            match = FIELD.fullmatch(row)
+            if not match:
+                raise Refused("bad_request", f"A field is NAME: VALUE on one line, not {row[:80]!r}.")
+            name, value = match[1].lower(), match[2].strip(" \t")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        return headers
+
+    def _parse_target(self, target: str) -> tuple[str, str]:
+        """Path and query (section 3.2). The host of a URL counts instead of the field."""
+        url = URL.fullmatch(target)
+        if url and host_name(url[1]):
+            self.host, target = url[1], url[2] if url[2].startswith("/") else f"/{url[2]}"
+        if not target.startswith("/"):
+            raise Refused("bad_request", f"A target is /PATH or http://HOST/PATH, not {target[:80]!r}.")
+        path, _, query = target.partition("?")
+        return path, query
+
+    def _parse_framing(self) -> tuple[list[str], int]:
+        """Codings and length of the body (section 6). What could be read in two ways is refused."""
+        codings, length = self._list("transfer-encoding"), self.headers.get("content-length", "0")
+        if "transfer-encoding" in self.headers:
+            ends_in_chunked = codings.count("chunked") == 1 and codings[-1] == "chunked"
+            if self.is_1_0 or "content-length" in self.headers or not ends_in_chunked:
+                raise Refused("bad_request", "Send the body with Content-Length, without Transfer-Encoding.")
+        if not re.fullmatch("[0-9]+", length):  # two fields are joined by a comma
+            raise Refused("bad_request", "Send one Content-Length, a number in digits.")
+        return codings, int(length.lstrip("0")[:18] or "0")  # more digits would be far too many, too
+
+    def _list(self, name: str) -> list[str]:
         """The elements of a field that is a list (RFC 9110, section 5.6.1), in lower case."""
         elements = [element.strip(" \t") for element in self.headers.get(name, "").lower().split(",")]
         return [element for element in elements if element]
 
-    def _check_host(self) -> str:
-        """RFC 9112, section 3.2: one Host that follows the grammar. An HTTP/1.0 client may send none."""
-        host = self.headers.get("host")
-        if host is None and self.is_1_0:
-            return ""
-        if not host or not host_name(host):  # two of them are joined by a comma and a space
-            raise Refused("bad_request", "Send one Host field, with a name or an address and perhaps a port.")
-        return host
+    def check_host(self, settings: argparse.Namespace) -> None:
+        """Without a token, only a loopback Host or an allowed one.
 
-    def _check_framing(self) -> int:
-        """The length of the body (RFC 9112, section 6). What could be read in two ways is refused."""
-        length = self.headers.get("content-length", "0")
-        if "transfer-encoding" in self.headers:
-            ends_in_chunked = self.codings.count("chunked") == 1 and self.codings[-1] == "chunked"
-            if self.is_1_0 or "content-length" in self.headers or not ends_in_chunked:
-                raise Refused("bad_request", "Send the body with Content-Length, without Transfer-Encoding.")
-        if not DIGITS.fullmatch(length):  # two fields are joined by a comma
-            raise Refused("bad_request", "Send one Content-Length, a number in digits.")
-        return int(length.lstrip("0")[:18] or "0")  # more digits would be far too many, too
+        A page may bind its own name to this machine's address, to share an origin with this server.
+        """
+        name = host_name(self.host)
+        if not settings.token and self.host and not is_loopback(name) and name not in settings.allow_host:
+            raise Refused("forbidden_host", f"This server does not answer to {name[:200]}. If it should, "
+                                            "start it with --allow-host and this name.")
 
+    def check_origin(self, settings: argparse.Namespace) -> dict[str, str]:
+        """The fields that let an allowed page of another origin read the answer (Fetch Standard, 3.3)."""
+        origin = self.headers.get("origin")
+        if origin is None:
+            return {}
+        scheme, _, host = origin.lower().partition("://")
+        if scheme in DEFAULT_PORTS and host and self.host.lower() in (host, host + DEFAULT_PORTS[scheme]):
+            return {}  # this server's own
+        if origin.lower() not in settings.allow_origin:
+            raise Refused("forbidden_origin", "A page of another origin sent this. If it may, start the "
+                                              "server with --allow-origin and its origin.")
+        return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After",
+                "Vary": "Origin"}
 
-def parse_fields(rows: list[str]) -> dict[str, str]:
-    """Names in lower case and values (RFC 9112, section 5). Values of a repeated name are joined by a comma."""
-    if len(rows) > LIMITS["fields"]:
-        raise Refused("headers_too_large", f"The head must have at most {LIMITS['fields']} fields.")
-    headers: dict[str, str] = {}
-    for row in rows:
-        match = FIELD.fullmatch(row)
-        if not match:
-            raise Refused("bad_request", f"A field is NAME: VALUE on one line, which {row[:80]!r} is not.")
-        name, value = match[1].lower(), match[2].strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
+    def check_token(self, token: str | None) -> None:
+        """RFC 6750, section 2.1. OPTIONS and public paths need no token."""
+        if not token or self.path in PUBLIC or self.method == "OPTIONS":
+            return
+        from hmac import compare_digest  # in constant time; loads OpenSSL, so only with a token
 
+        scheme, _, given = self.headers.get("authorization", "").partition(" ")
+        is_known = compare_digest(given.strip(" ").encode(), token.encode())
+        if scheme.lower() != "bearer" or not is_known:
+            raise Refused("unauthorized", "Send Authorization: Bearer TOKEN, with this server's token.")
 
-def parse_target(target: str) -> tuple[str, str, str]:
-    """Authority (empty unless the target is a URL), path and query (RFC 9112, section 3.2)."""
-    authority, url = "", URL.fullmatch(target)
-    if url and host_name(url[1]):
-        authority, target = url[1], url[2] if url[2].startswith("/") else f"/{url[2]}"
-    if not target.startswith("/"):
-        raise Refused("bad_request", f"A target is /PATH or http://HOST/PATH, which {target[:80]!r} is not.")
-    path, _, query = target.partition("?")
-    return authority, path, query
+    def check_body(self, takes_json: bool, curl: Callable[[Head], str]) -> None:
+        """What the head says of a body that this server does not read."""
+        if len(self.codings) > 1:
+            coding = self.codings[0][:80]
+            raise Refused("not_implemented", f"The coding {coding} is not known. Send the plain body.")
+        if self.codings:
+            raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
+        if self.length > LIMITS["body"]:
+            raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
+        media_type = self.headers.get("content-type", "")
+        if takes_json and media_type.partition(";")[0].strip(" \t").lower() not in JSON_TYPES:
+            raise Refused("unsupported_media_type", f"Send JSON: {curl(self)}/chat/stream -N "
+                          "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
 
 
 def read_head(received: bytearray, known: int) -> tuple[Head, int] | None:
-    """The head that `received` begins with, and its size; None if more of it must come.
+    """The head that `received` begins with, and its size; None if more of it must come. Raises Refused.
 
-    A head is judged when it is whole. Only control characters, a bare CR or LF and a length above the limits are
-    refused before. `known` bytes were there at the last call. Raises Refused.
+    A head is judged when it is whole. Only control characters, a bare CR or LF and a length above the limits
+    are refused before. `known` bytes were there at the last call.
     """
     begin = 0
     while begin < 4 and received.startswith(b"\r\n", begin):  # empty lines: RFC 9112, section 2.2
@@ -1299,14 +1310,14 @@ def parse_head(head: bytes) -> Head:
 
 
 def check_bytes(data: bytes | bytearray, begin: int, known: int) -> None:
-    """Refuse control characters, CR and LF alone, and a request line that is too long, whichever comes first."""
+    """Refuse control characters, CR or LF alone, or a request line that is too long: what comes first."""
     limit = begin + LIMITS["request_line"]
     in_request_line = data.find(b"\r\n", begin, limit) < 0
     end = limit if in_request_line else begin + LIMITS["head"]
     if BROKEN.search(data, max(known - 1, 0), end):  # the last byte that was known may have been a CR
         raise Refused("bad_request", "A head has no control characters, and CR and LF only together.")
     if in_request_line and len(data) >= limit:
-        raise Refused("uri_too_long", f"The request line must have at most {LIMITS['request_line'] >> 10} KiB.")
+        raise Refused("uri_too_long", f"A request line must have at most {LIMITS['request_line'] >> 10} KiB.")
 
 
 @lru_cache(64)
@@ -1323,65 +1334,9 @@ def host_name(host: str) -> str:
 @lru_cache(64)
 def is_loopback(name: str) -> bool:
     """Whether a host name or address can only mean this machine."""
-    try:
+    with suppress(ValueError):
         return ip_address(name).is_loopback
-    except ValueError:
-        return name.lower() == "localhost"
-
-
-def check_host(head: Head, settings: argparse.Namespace) -> None:
-    """Without a token, only a loopback Host or an allowed one. Raises Refused: forbidden_host.
-
-    A page may bind its own name to this machine's address, and would then share an origin with this server.
-    """
-    name = host_name(head.host)
-    if not settings.token and head.host and not is_loopback(name) and name not in settings.allow_host:
-        raise Refused("forbidden_host", f"This server does not answer to {name[:200]}. If it should, start it "
-                                        "with --allow-host and this name.")
-
-
-def check_origin(head: Head, settings: argparse.Namespace) -> dict[str, str]:
-    """The fields that let an allowed page of another origin read the answer (Fetch Standard, section 3.3).
-
-    Raises Refused: forbidden_origin.
-    """
-    origin = head.headers.get("origin")
-    if origin is None:
-        return {}
-    scheme, _, host = origin.lower().partition("://")
-    if scheme in DEFAULT_PORTS and host and head.host.lower() in (host, host + DEFAULT_PORTS[scheme]):
-        return {}  # this server's own
-    if origin.lower() not in settings.allow_origin:
-        raise Refused("forbidden_origin", "A page of another origin sent this. If it may, start the server with "
-                                          "--allow-origin and its origin.")
-    return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After",
-            "Vary": "Origin"}
-
-
-def check_token(head: Head, token: str | None) -> None:
-    """RFC 6750, section 2.1. OPTIONS and public paths need no token. Raises Refused: unauthorized."""
-    if not token or head.path in PUBLIC or head.method == "OPTIONS":
-        return
-    from hmac import compare_digest  # in constant time; loads OpenSSL, so only with a token
-
-    scheme, _, given = head.headers.get("authorization", "").partition(" ")
-    is_known = compare_digest(given.strip(" ").encode(), token.encode())
-    if scheme.lower() != "bearer" or not is_known:
-        raise Refused("unauthorized", "Send the header Authorization: Bearer TOKEN, with this server's token.")
-
-
-def check_body_head(head: Head, takes_json: bool, server: Server) -> None:
-    """What the head says of a body that this server does not read. Raises Refused."""
-    if len(head.codings) > 1:
-        raise Refused("not_implemented", f"The coding {head.codings[0][:80]} is not known. Send the plain body.")
-    if head.codings:
-        raise Refused("length_required", "Send the body with Content-Length, not in transfer chunks.")
-    if head.length > LIMITS["body"]:
-        raise Refused("payload_too_large", f"The body must have at most {LIMITS['body']:,} bytes.")
-    media_type = head.headers.get("content-type", "")
-    if takes_json and media_type.partition(";")[0].strip(" \t").lower() not in JSON_TYPES:
-        raise Refused("unsupported_media_type", f"Send JSON: {server.curl(head)}/chat/stream -N "
-                      "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
+    return name.lower() == "localhost"
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -1418,7 +1373,7 @@ def check_message(message: Any) -> str:
     return message
 
 
-# ---- endpoints: a request in, a reply or a stream out ---------------------------------------------------------
+# ---- endpoints: a request in, a reply or a stream out ----------------------------------------------------
 
 
 class Request(NamedTuple):
@@ -1463,134 +1418,135 @@ def problem(refused: Refused) -> Reply:
                        "detail": refused.detail, "code": refused.code}, status, "problem+json", **more)
 
 
-def chat_stream(server: Server, request: Request) -> Stream:
-    """POST /chat/stream and POST /sessions/{session_id}/stream."""
-    fields = request.fields
-    message, turn_id = check_message(fields.get("message")), check_id("turn_id", fields.get("turn_id"))
-    in_path = check_id("session_id", request.session_id or None)
-    in_body = check_id("session_id", fields.get("session_id"))
-    session_id = in_path or in_body
-    if in_body not in (None, session_id):
-        raise Refused("invalid_field", f"The path names the session {in_path}, and the body {in_body}.")
-    if turn_id and not session_id:
-        raise Refused("invalid_field", "turn_id needs a session_id: it names a turn of one session.")
-    try:
-        return Stream(server.sessions.begin(message, session_id or str(uuid.uuid4()), turn_id, request.client))
-    except Refused as refused:
-        if refused.code == "session_busy":
-            refused.detail += f" This stops it: {server.curl(request.head)}/sessions/{session_id}/stop -X POST"
-        raise
+class Endpoints:
+    """The functions that serve the routes. They raise Refused and DatabaseError."""
 
+    def __init__(self, server: Server) -> None:
+        self.server, self.sessions = server, server.sessions
 
-def session_stream(server: Server, request: Request) -> Stream:
-    return chat_stream(server, request)
+    def chat_stream(self, request: Request) -> Stream:
+        message = check_message(request.fields.get("message"))
+        turn_id = check_id("turn_id", request.fields.get("turn_id"))
+        in_path = check_id("session_id", request.session_id or None)
+        in_body = check_id("session_id", request.fields.get("session_id"))
+        session_id = in_path or in_body
+        if in_body not in (None, session_id):
+            raise Refused("invalid_field", f"The path names the session {in_path}, and the body {in_body}.")
+        if turn_id and not session_id:
+            raise Refused("invalid_field", "turn_id needs a session_id: it names a turn of one session.")
+        try:
+            session_id = session_id or str(uuid.uuid4())
+            return Stream(self.sessions.begin(message, session_id, turn_id, request.client))
+        except Refused as refused:
+            if refused.code == "session_busy":
+                curl = self.server.curl(request.head)
+                refused.detail += f" This stops it: {curl}/sessions/{session_id}/stop -X POST"
+            raise
 
+    session_stream = chat_stream
 
-def resume_stream(server: Server, request: Request) -> Stream:
-    values = parse_qs(request.head.query, keep_blank_values=True).get("after", ["0"])
-    if len(values) > 1 or not re.fullmatch("[0-9]{1,9}", values[0]):
-        raise Refused("invalid_field", "after must be a number of 1 to 9 digits: the last chunk that you have.")
-    session = server.sessions.get(request.session_id)
-    turn = session.latest or (session.history[-1] if session.history else None)
-    if not turn:
-        raise Refused("no_turn", "This session has no turn yet. POST a message to it.")
-    return Stream(turn, int(values[0]))
+    def resume_stream(self, request: Request) -> Stream:
+        values = parse_qs(request.head.query, keep_blank_values=True).get("after", ["0"])
+        if len(values) > 1 or not re.fullmatch("[0-9]{1,9}", values[0]):
+            raise Refused("invalid_field", "after must be a number of 1 to 9 digits: your last chunk.")
+        session = self.sessions.get(request.session_id)
+        turn = session.latest or (session.history[-1] if session.history else None)
+        if not turn:
+            raise Refused("no_turn", "This session has no turn yet. POST a message to it.")
+        return Stream(turn, int(values[0]))
 
+    def stop_turn(self, request: Request) -> Reply:
+        stopped = self.sessions.stop(request.session_id, check_id("turn_id", request.fields.get("turn_id")))
+        message = "The turn is stopped." if stopped else "No such turn was running."
+        return reply_json({"message": message, "stopped": stopped})
 
-def stop_turn(server: Server, request: Request) -> Reply:
-    stopped = server.sessions.stop(request.session_id, check_id("turn_id", request.fields.get("turn_id")))
-    message = "The turn is stopped." if stopped else "No such turn was running."
-    return reply_json({"message": message, "stopped": stopped})
+    def new_session(self, request: Request) -> Reply:
+        session_id = check_id("session_id", request.fields.get("session_id"))
+        model = check_id("model_id", request.fields.get("model_id"), MODEL_ID)
+        trouble = model and model_problem(model)
+        if trouble:
+            raise Refused("invalid_field", trouble)
+        model = model or self.server.settings.model
+        session = self.sessions.create(session_id or str(uuid.uuid4()), model)
+        return reply_json({"session_id": session.session_id, "model": session.model,
+                           "timestamp": stamp(session.created_at)})
 
+    def list_sessions(self, request: Request) -> Reply:
+        with self.sessions.lock:
+            found = sorted(self.sessions.sessions.values(), key=lambda each: each.last_activity, reverse=True)
+            rows = [{**summary(each), "duration_minutes": round(age(each) / 60, 2)} for each in found]
+        return reply_json({"active_sessions": len(rows), "sessions": rows})
 
-def new_session(server: Server, request: Request) -> Reply:
-    session_id = check_id("session_id", request.fields.get("session_id"))
-    model = check_id("model_id", request.fields.get("model_id"), MODEL_ID)
-    trouble = model and model_problem(model)
-    if trouble:
-        raise Refused("invalid_field", trouble)
-    session = server.sessions.create(session_id or str(uuid.uuid4()), model or server.settings.model)
-    return reply_json({"session_id": session.session_id, "model": session.model,
-                       "timestamp": stamp(session.created_at)})
+    def get_session(self, request: Request) -> Reply:
+        session = self.sessions.get(request.session_id)
+        with self.sessions.lock:
+            told, messages, turn = summary(session), session.messages(), session.latest
+        latest: dict[str, Any] | None = None
+        if turn:
+            state = "complete"
+            if isinstance(turn, Turn):
+                state, chunks = turn.state, turn.chunks()
+            else:
+                chunks = len(turn.lines()) - OPENING - 1
+            latest = {"turn_id": turn.turn_id, "state": state, "message": turn.message,
+                      "started": turn.started, "chunks": chunks}
+        return reply_json({**told, "user_messages": len(messages) // 2, "model_messages": len(messages) // 2,
+                           "session_duration_seconds": round(age(session), 3),
+                           "messages": [message._asdict() for message in messages], "latest_turn": latest})
+
+    def clear_session(self, request: Request) -> Reply:
+        self.sessions.clear(request.session_id, deletes=False)
+        return reply_json({"message": "The session's history is cleared."})
+
+    def delete_session(self, request: Request) -> Reply:
+        self.sessions.clear(request.session_id, deletes=True)
+        return reply_json({"message": "The session is deleted."})
+
+    def health(self, request: Request) -> Reply:
+        return reply_json(self.server.health())
+
+    def stats(self, request: Request) -> Reply:
+        return reply_json(self.server.stats())
+
+    def index(self, request: Request) -> Reply:
+        settings = self.server.settings
+        features = ["multi-turn sessions", "resume", "retry by turn_id", "stop"]
+        if settings.db:
+            features.append("sessions on disk")
+        return reply_json({"name": "streamable HTTP chat", "version": VERSION, "framework": FRAMEWORK,
+                           "model": settings.model, "features": features, "endpoints": {
+                               route.name: f"{route.method} {route.path}" for route in self.server.routes}})
+
+    def openapi(self, request: Request) -> Reply:
+        return reply_json(describe(self.server.routes))
+
+    def demo(self, request: Request) -> Reply:
+        if not PAGE.is_file():
+            raise Refused("not_found", "The page is the file demo.html, which is missing beside the server.")
+        html = PAGE.read_text("utf-8")  # with \n, as browsers hash it, also if a checkout made CRLF of it
+        return Reply(200, {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store",
+                           "Content-Security-Policy": content_security_policy(html)}, html.encode())
+
+    docs = demo
+
+    def debug(self, request: Request) -> Reply:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        threads = [f"{names.get(ident, 'connection or turn')}: {frame.f_code.co_qualname}, {frame.f_lineno}"
+                   for ident, frame in sys._current_frames().items()]
+        return reply_json({"threads": threads, "running_turns": self.server.streams(), "limits": LIMITS,
+                           "last_errors": list(self.server.console.errors)})
 
 
 def summary(session: Session) -> dict[str, Any]:
     """What GET /sessions and GET /sessions/{session_id} both tell."""
-    return {"session_id": session.session_id, "model": session.model, "message_count": 2 * len(session.history),
-            "created_at": stamp(session.created_at), "last_activity": stamp(session.last_activity),
-            "streaming": session.running_turn() is not None}
+    return {"session_id": session.session_id, "model": session.model,
+            "message_count": 2 * len(session.history), "created_at": stamp(session.created_at),
+            "last_activity": stamp(session.last_activity), "streaming": session.running_turn() is not None}
 
 
 def age(session: Session) -> float:
     """Seconds since it was made; 0 if the wall clock was set back to before that."""
     return max(0, wall_clock() - session.created_at) / 1e6
-
-
-def list_sessions(server: Server, request: Request) -> Reply:
-    with server.sessions.lock:
-        sessions = sorted(server.sessions.sessions.values(), key=lambda each: each.last_activity, reverse=True)
-        rows = [{**summary(each), "duration_minutes": round(age(each) / 60, 2)} for each in sessions]
-    return reply_json({"active_sessions": len(rows), "sessions": rows})
-
-
-def get_session(server: Server, request: Request) -> Reply:
-    session = server.sessions.get(request.session_id)
-    with server.sessions.lock:
-        told, turns, turn = summary(session), len(session.history), session.latest
-        messages = session.messages()
-    latest: dict[str, Any] | None = None
-    if isinstance(turn, Turn):
-        latest = {"turn_id": turn.turn_id, "state": turn.state, "message": turn.message,
-                  "started": turn.timestamp(turn.started), "chunks": turn.chunks()}
-    elif turn:
-        latest = {"turn_id": turn.turn_id, "state": "complete", "message": turn.message,
-                  "started": turn.started, "chunks": len(turn.lines()) - OPENING - 1}
-    return reply_json({**told, "user_messages": turns, "model_messages": turns,
-                       "session_duration_seconds": round(age(session), 3),
-                       "messages": [message._asdict() for message in messages], "latest_turn": latest})
-
-
-def clear_session(server: Server, request: Request) -> Reply:
-    server.sessions.clear(request.session_id)
-    return reply_json({"message": "The session's history is cleared."})
-
-
-def delete_session(server: Server, request: Request) -> Reply:
-    server.sessions.delete(request.session_id)
-    return reply_json({"message": "The session is deleted."})
-
-
-def health(server: Server, request: Request) -> Reply:
-    return reply_json(server.health())
-
-
-def stats(server: Server, request: Request) -> Reply:
-    return reply_json(server.stats())
-
-
-def index(server: Server, request: Request) -> Reply:
-    features = ["chunked transfer coding", "NDJSON events", "multi-turn sessions", "resume", "retry by turn_id",
-                "stop", *(["sessions on disk"] if server.settings.db else [])]
-    endpoints = {route.name: f"{route.method} {route.path}" for route in server.routes}
-    return reply_json({"name": "streamable HTTP chat", "version": VERSION, "framework": FRAMEWORK,
-                       "model": server.settings.model, "features": features, "endpoints": endpoints})
-
-
-def openapi(server: Server, request: Request) -> Reply:
-    return reply_json(describe(server.routes))
-
-
-def demo(server: Server, request: Request) -> Reply:
-    """GET /demo and GET /docs: the page, which chooses its view by the path."""
-    if not PAGE.is_file():
-        raise Refused("not_found", "The page is the file demo.html, which is not beside streamchat_server.py.")
-    html = PAGE.read_text("utf-8")  # with the line ends that browsers hash, also if a checkout made them CRLF
-    return Reply(200, {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store",
-                       "Content-Security-Policy": content_security_policy(html)}, html.encode())
-
-
-def docs(server: Server, request: Request) -> Reply:
-    return demo(server, request)
 
 
 def content_security_policy(html: str) -> str:
@@ -1609,35 +1565,26 @@ def content_security_policy(html: str) -> str:
         "trusted-types 'none'"])
 
 
-def debug(server: Server, request: Request) -> Reply:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    threads = [f"{names.get(ident, 'connection or turn')}: {frame.f_code.co_qualname}, line {frame.f_lineno}"
-               for ident, frame in sys._current_frames().items()]
-    return reply_json({"threads": threads, "running_turns": server.streams(), "limits": LIMITS,
-                       "last_errors": list(server.console.errors)})
-
-
 # JSON Schema, as strict as the checks above.
 TEXT, FLAG, COUNT = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0}
 TIME = {"type": "string", "format": "date-time"}
 IDENTIFIER = {"type": "string", "pattern": f"^{ID}$"}
 TURN_ID = {"type": ["string", "null"], "pattern": f"^{ID}$"}
 SESSION_ID = {**TURN_ID, "not": {"const": "new"}}
+MODEL = {**TURN_ID, "pattern": f"^{MODEL_ID}$"}
 MESSAGE = {"type": "string", "maxLength": LIMITS["message"], "pattern": r"\S", "examples": ["Hello!"]}
 AFTER = {"name": "after", "in": "query", "required": False,
          "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999, "default": 0}}
 
 
 def schema(required: str, **properties: dict) -> dict[str, Any]:
-    """The schema of a JSON object. `required` are the names of properties, with spaces between them."""
+    """The schema of a JSON object. `required` are names of properties, with spaces between them."""
     return {"type": "object", "properties": properties, "required": required.split()}
 
 
 CHAT = {**schema("message", message=MESSAGE, session_id=SESSION_ID, turn_id=TURN_ID),
         "dependentRequired": {"turn_id": ["session_id"]}}
 SESSION_CHAT = schema("message", message=MESSAGE, turn_id=TURN_ID)
-NEW_SESSION = schema("", session_id=SESSION_ID, model_id={**TURN_ID, "pattern": f"^{MODEL_ID}$"})
-STOP = schema("", turn_id=TURN_ID)
 
 NDJSON = "application/x-ndjson"
 NOW = "2026-11-24T10:00:00.123456+00:00"
@@ -1659,48 +1606,45 @@ SESSION_EXAMPLE = {
 
 
 class Route(NamedTuple):
-    """An endpoint: where it is, the function that serves it, and what OpenAPI says of it."""
+    """An endpoint: the method of Endpoints that serves it, where it is, and what OpenAPI says of it."""
 
+    name: str
     method: str
     path: str
-    endpoint: Callable[[Server, Request], Reply | Stream]
     summary: str
     answer: dict[str, Any] | str  # an example of the JSON answer, or a media type
     body: dict[str, Any] | None = None  # schema of the request's JSON; None: a body is read and ignored
     query: dict[str, Any] | None = None  # an OpenAPI parameter
 
-    @property
-    def name(self) -> str:
-        return self.endpoint.__name__
-
 
 ROUTES = [
-    Route("POST", "/chat/stream", chat_stream, "Send a message; the answer comes as a stream", NDJSON, CHAT),
-    Route("POST", "/sessions/new", new_session, "Create a session",
-          {"session_id": "demo", "model": "offline", "timestamp": NOW}, NEW_SESSION),
-    Route("GET", "/sessions", list_sessions, "List the sessions, last active first",
+    Route("chat_stream", "POST", "/chat/stream", "Send a message; the answer is a stream", NDJSON, CHAT),
+    Route("new_session", "POST", "/sessions/new", "Create a session",
+          {"session_id": "demo", "model": "offline", "timestamp": NOW},
+          schema("", session_id=SESSION_ID, model_id=MODEL)),
+    Route("list_sessions", "GET", "/sessions", "List the sessions, last active first",
           {"active_sessions": 1, "sessions": [{**SUMMARY_EXAMPLE, "duration_minutes": 1.25}]}),
-    Route("GET", "/sessions/{session_id}", get_session, "One session and its history", SESSION_EXAMPLE),
-    Route("DELETE", "/sessions/{session_id}", delete_session, "Delete a session",
+    Route("get_session", "GET", "/sessions/{session_id}", "One session and its history", SESSION_EXAMPLE),
+    Route("delete_session", "DELETE", "/sessions/{session_id}", "Delete a session",
           {"message": "The session is deleted."}),
-    Route("GET", "/sessions/{session_id}/stream", resume_stream, "Follow the latest turn", NDJSON, None, AFTER),
-    Route("POST", "/sessions/{session_id}/stream", session_stream,
-          "Send a message to this session; the answer comes as a stream", NDJSON, SESSION_CHAT),
-    Route("POST", "/sessions/{session_id}/stop", stop_turn, "Stop the running turn; what was released is kept",
-          {"message": "The turn is stopped.", "stopped": True}, STOP),
-    Route("POST", "/sessions/{session_id}/clear", clear_session, "Clear a session's history",
+    Route("resume_stream", "GET", "/sessions/{session_id}/stream", "Follow the latest turn", NDJSON,
+          query=AFTER),
+    Route("session_stream", "POST", "/sessions/{session_id}/stream",
+          "Send a message to this session; the answer is a stream", NDJSON, SESSION_CHAT),
+    Route("stop_turn", "POST", "/sessions/{session_id}/stop", "Stop the running turn and keep its text",
+          {"message": "The turn is stopped.", "stopped": True}, schema("", turn_id=TURN_ID)),
+    Route("clear_session", "POST", "/sessions/{session_id}/clear", "Clear a session's history",
           {"message": "The session's history is cleared."}),
-    Route("GET", "/health", health, "Whether the server is alive, and its counters", HEALTH_EXAMPLE),
-    Route("GET", "/stats", stats, "Counters, averages and running turns", STATS_EXAMPLE),
-    Route("GET", "/", index, "What this server is and which endpoints it has", {
+    Route("health", "GET", "/health", "Whether the server is alive, and its counters", HEALTH_EXAMPLE),
+    Route("stats", "GET", "/stats", "Counters, averages and running turns", STATS_EXAMPLE),
+    Route("index", "GET", "/", "What this server is and which endpoints it has", {
         "name": "streamable HTTP chat", "version": VERSION, "framework": FRAMEWORK, "model": "offline",
         "features": ["resume"], "endpoints": {"health": "GET /health"}}),
-    Route("GET", "/openapi.json", openapi, "This description, as OpenAPI 3.2", "application/json"),
-    Route("GET", "/demo", demo, "The page", "text/html"),
-    Route("GET", "/docs", docs, "The page, opened at its API view", "text/html"),
-    Route("GET", "/debug", debug, "Threads, running turns, limits, the last errors (only with --debug)",
-          {"threads": ["MainThread: main, line 1"], "running_turns": [], "limits": {"fields": 100},
-           "last_errors": []}),
+    Route("openapi", "GET", "/openapi.json", "This description, as OpenAPI 3.2", "application/json"),
+    Route("demo", "GET", "/demo", "The page", "text/html"),
+    Route("docs", "GET", "/docs", "The page, opened at its API view", "text/html"),
+    Route("debug", "GET", "/debug", "Threads, turns, limits, the last errors (only with --debug)",
+          {"threads": ["MainThread: main, 1"], "running_turns": [], "limits": {}, "last_errors": []}),
 ]
 PUBLIC = {"/", "/health", "/openapi.json", "/demo", "/docs"}  # they need no token
 SESSION_PATH = re.compile(r"/sessions/(?!new$)([^/]+)(/[^/]+)?")
@@ -1737,7 +1681,7 @@ def find_routes(paths: Paths, method: str, path: str) -> tuple[dict[str, Route],
     return methods, session_id
 
 
-# ---- OpenAPI: the routes and events as a description for programs ---------------------------------------------
+# ---- OpenAPI: the routes and events as a description for programs ----------------------------------------
 
 EVENTS = {  # type of an event: schema
     "session_info": schema("session_id turn_id model created timestamp", session_id=IDENTIFIER,
@@ -1746,12 +1690,12 @@ EVENTS = {  # type of an event: schema
     "chunk": schema("text chunk_number is_final timestamp",
                     text={"type": "string", "maxLength": LIMITS["chunk"], "examples": ["Hello "]},
                     chunk_number={"type": "integer", "minimum": 1}, is_final=FLAG, timestamp=TIME),
-    "complete": schema("finish_reason total_chunks processing_time message_count session_id turn_id timestamp",
-                       finish_reason={"enum": ["stop", "length", "content_filter", "cancelled", "other"]},
-                       total_chunks=COUNT, processing_time={"type": "number", "minimum": 0},
-                       message_count=COUNT,
-                       usage=schema("", input_tokens=COUNT, output_tokens=COUNT, total_tokens=COUNT),
-                       session_id=IDENTIFIER, turn_id=IDENTIFIER, timestamp=TIME),
+    "complete": schema(
+        "finish_reason total_chunks processing_time message_count session_id turn_id timestamp",
+        finish_reason={"enum": ["stop", "length", "content_filter", "cancelled", "other"]},
+        total_chunks=COUNT, processing_time={"type": "number", "minimum": 0}, message_count=COUNT,
+        usage=schema("", input_tokens=COUNT, output_tokens=COUNT, total_tokens=COUNT),
+        session_id=IDENTIFIER, turn_id=IDENTIFIER, timestamp=TIME),
     "error": schema("code message retryable session_id turn_id timestamp", code={"enum": [*STREAM_ERRORS]},
                     message={"type": "string", "maxLength": LIMITS["error_message"]}, retryable=FLAG,
                     session_id=IDENTIFIER, turn_id=IDENTIFIER, timestamp=TIME),
@@ -1785,9 +1729,11 @@ def describe_route(route: Route) -> dict[str, Any]:
         media_type, content = route.answer, {}
     if media_type == NDJSON:
         tag, content = "Streams", {"itemSchema": {"$ref": "#/components/schemas/event"}}
-    parameters = [route.query] if route.query else []
+    parameters = []
     if "{session_id}" in route.path:
-        parameters = [{"name": "session_id", "in": "path", "required": True, "schema": IDENTIFIER}, *parameters]
+        parameters.append({"name": "session_id", "in": "path", "required": True, "schema": IDENTIFIER})
+    if route.query:
+        parameters.append(route.query)
     problems = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/problem"}}}
     operation: dict[str, Any] = {
         "operationId": route.name, "summary": route.summary, "tags": [tag], "parameters": parameters,
@@ -1802,7 +1748,7 @@ def describe_route(route: Route) -> dict[str, Any]:
     return operation
 
 
-# ---- handler and server: read, check, route, write. The only room that touches a socket. ----------------------
+# ---- handler and server: read, check, route, write. The only room that touches a socket. -----------------
 
 TERMINAL = (b'{"type":"complete"', b'{"type":"error"')
 
@@ -1818,21 +1764,13 @@ def date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
-def response_head(status: int, headers: dict[str, str], closes: bool) -> bytes:
+def response_head(status: int, fields: dict[str, str], closes: bool) -> bytes:
     """Status line and fields (RFC 9112, section 4)."""
     lines = [f"HTTP/1.1 {status} {TITLES[status]}", f"Date: {date(int(time.time()))}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    lines += ["X-Content-Type-Options: nosniff", f"Connection: {'close' if closes else 'keep-alive'}", "", ""]
+    lines += [f"{name}: {value}" for name, value in fields.items()]
+    connection = "close" if closes else "keep-alive"
+    lines += ["X-Content-Type-Options: nosniff", f"Connection: {connection}", "", ""]
     return "\r\n".join(lines).encode("latin-1")
-
-
-def encode_reply(reply: Reply, cors: dict[str, str], closes: bool, head_only: bool) -> bytes:
-    """A reply as it is sent. HEAD gets the head that GET would get (RFC 9110, section 9.3.2)."""
-    fields = reply.headers | cors
-    if reply.status != 204:
-        fields["Content-Length"] = str(len(reply.body))
-    head = response_head(reply.status, fields, closes)
-    return head if head_only else head + reply.body
 
 
 class Handler(BaseRequestHandler):
@@ -1849,15 +1787,26 @@ class Handler(BaseRequestHandler):
         self.unread = self.closes = False  # whether its body was not read; whether the connection is to end
 
     def handle(self) -> None:
+        server = self.server
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(1))
+            if self.request not in server.connections:
+                self.turn_away()
             while not self.closes:
                 self.serve_request()
-                self.server.idle.add(self.request)
+                server.idle.add(self.request)
         except OSError as error:  # the client left, or made no progress for too long
             reason = type(error).__name__
-            self.server.console.log("client_left", {"Client IP": self.client_address[0], "Reason": reason})
+            server.console.log("client_left", {"Client IP": self.client_address[0], "Reason": reason})
+        finally:
+            server.streaming.discard(self)
+
+    def turn_away(self) -> None:
+        """There are too many connections: answer 503 and close."""
+        self.closes = True
+        self.write_reply(problem(Refused("overloaded", "Too many connections. Try again in a moment.")))
+        self.linger()
 
     def serve_request(self) -> None:
         """Read one request and answer it."""
@@ -1868,8 +1817,7 @@ class Handler(BaseRequestHandler):
         if isinstance(answer, Stream):
             self.write_stream(answer)
         elif answer:
-            head_only = self.head.method == "HEAD" if self.head else self.received.startswith(b"HEAD ")
-            self.send(encode_reply(answer, self.cors, self.closes, head_only))
+            self.write_reply(answer)
         if answer and self.closes:
             self.linger()
 
@@ -1894,20 +1842,20 @@ class Handler(BaseRequestHandler):
         """Check a head, read the body, and call the endpoint. Raises Refused."""
         server = self.server
         self.unread = head.has_body
-        check_host(head, server.settings)
-        self.cors = check_origin(head, server.settings)
-        check_token(head, server.settings.token)
+        head.check_host(server.settings)
+        self.cors = head.check_origin(server.settings)
+        head.check_token(server.settings.token)
         routes, session_id = find_routes(server.paths, head.method, head.path)
         route = routes.get(head.method)
-        takes_json = route is not None and route.body is not None
-        check_body_head(head, takes_json, server)
+        schema = route.body if route else None
+        head.check_body(schema is not None, server.curl)
         body = self.read_body(head) if head.has_body else b""
         if route is None:
             return self.options([*routes, "OPTIONS"])
-        is_needed = route.body is not None and route.body["required"]
-        fields = parse_json(body) if takes_json and (body or is_needed) else {}
+        fields = parse_json(body) if schema and (body or schema["required"]) else {}
+        request = Request(head, session_id, fields, self.client_address[0])
         try:
-            return route.endpoint(server, Request(head, session_id, fields, self.client_address[0]))
+            return getattr(server.endpoints, route.name)(request)
         except OSError as error:  # of a file: any other one means that the client has left
             raise RuntimeError(f"{route.name} failed") from error
 
@@ -1919,9 +1867,8 @@ class Handler(BaseRequestHandler):
         return Reply(204, {"Allow": allow, **(preflight if self.cors else {})})
 
     def read_head(self) -> Head | None:
-        """The next head; None if the connection ends or stays idle. Empty lines before a head are idle time."""
-        begun, known = False, 0
-        end = time.monotonic() + LIMITS["idle"]
+        """The next head; None if the connection ends or stays idle. Empty lines before it are idle time."""
+        begun, known, end = False, 0, time.monotonic() + LIMITS["idle"]
         while not self.received or not (found := read_head(self.received, known)):
             if not begun and self.received.strip(b"\r\n"):
                 begun, end = True, time.monotonic() + LIMITS["head_time"]
@@ -1929,11 +1876,10 @@ class Handler(BaseRequestHandler):
             known = len(self.received)
             if begun:
                 self.receive_more("head", end)
-                continue
-            try:
-                if not self.receive(end):
-                    return None
-            except TimeoutError:
+            else:
+                with suppress(TimeoutError):
+                    if self.receive(end):
+                        continue
                 return None
         self.server.idle.discard(self.request)
         head, size = found
@@ -1979,6 +1925,15 @@ class Handler(BaseRequestHandler):
         self.received += data
         return bool(data)
 
+    def write_reply(self, reply: Reply) -> None:
+        """HEAD gets the head that GET would get (RFC 9110, section 9.3.2)."""
+        fields = reply.headers | self.cors
+        if reply.status != 204:
+            fields["Content-Length"] = str(len(reply.body))
+        head = response_head(reply.status, fields, self.closes)
+        head_only = self.head.method == "HEAD" if self.head else self.received.startswith(b"HEAD ")
+        self.send(head if head_only else head + reply.body)
+
     def write_stream(self, stream: Stream) -> None:
         """Send the lines of a turn, each as a transfer chunk, and all that are due in one send."""
         assert self.head
@@ -1990,18 +1945,15 @@ class Handler(BaseRequestHandler):
         if self.head.method == "HEAD":
             self.send(start)
             return
-        follow = stream.turn.follow(stream.after, self.server.settings.heartbeat)
         self.server.streaming.add(self)
-        try:
-            with closing(follow):
-                for lines in follow:
-                    lines = lines or [encode(type="ping", timestamp=stamp(wall_clock()))]
-                    data = start + b"".join(map(transfer_chunk, lines) if chunked else lines)
-                    is_end = chunked and lines[-1].startswith(TERMINAL)
-                    self.send(data + b"0\r\n\r\n" if is_end else data)
-                    start = b""
-        finally:
-            self.server.streaming.discard(self)
+        with closing(stream.turn.follow(stream.after, self.server.settings.heartbeat)) as follow:
+            for lines in follow:
+                lines = lines or [encode(type="ping", timestamp=stamp(wall_clock()))]
+                data = start + b"".join(map(transfer_chunk, lines) if chunked else lines)
+                is_end = chunked and lines[-1].startswith(TERMINAL)
+                self.send(data + b"0\r\n\r\n" if is_end else data)
+                start = b""
+        self.server.streaming.discard(self)
 
     def send(self, data: bytes) -> None:
         """Send it all. Raises TimeoutError if the client makes no progress for LIMITS["send"] seconds."""
@@ -2015,10 +1967,7 @@ class Handler(BaseRequestHandler):
                     raise TimeoutError("no progress") from None
 
     def linger(self) -> None:
-        """Read on for a moment: a close with unread bytes would reset the connection, and the answer be lost.
-
-        (RFC 9112, section 9.6.)
-        """
+        """Read on for a moment: a close with unread bytes resets the connection (RFC 9112, section 9.6)."""
         self.request.shutdown(socket.SHUT_WR)
         end = time.monotonic() + LIMITS["linger"]
         with suppress(TimeoutError):
@@ -2031,21 +1980,22 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, listening: socket.socket, settings: argparse.Namespace, database: Database | None) -> None:
+    def __init__(self, listening: socket.socket, settings: argparse.Namespace,
+                 database: Database | None) -> None:
         self.settings, self.database = settings, database
         self.start_time, self.started = wall_clock(), clock()
-        self.routes = [route for route in ROUTES if settings.debug or route.endpoint is not debug]
+        self.routes = [route for route in ROUTES if settings.debug or route.name != "debug"]
         self.paths = make_paths(self.routes)
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()  # connections that wait for another request
         self.streaming: set[Handler] = set()  # connections that are being sent a stream
-        self.turned_away: deque[tuple[float, socket.socket]] = deque(maxlen=100)  # since when
         super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()  # the one that it made
         self.socket = listening
         self.console = Console(settings.log)
         self.sessions = Sessions(settings, self.console, database)
-        threading.Thread(target=self.sessions.sweep_forever, name="sweep", daemon=True).start()
+        self.endpoints = Endpoints(self)
+        threading.Thread(target=self.sessions.sweep, name="sweep", daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -2060,33 +2010,31 @@ class Server(ThreadingHTTPServer):
 
     def health(self) -> dict[str, Any]:
         """What GET /health answers."""
-        sessions = self.sessions
-        with sessions.lock:
-            return {
-                "status": "healthy", "model": self.settings.model,
-                "uptime_seconds": (clock() - self.started) // 1_000_000,
-                "total_requests": sessions.successful + sessions.failed + len(sessions.running),
-                "successful_requests": sessions.successful, "failed_requests": sessions.failed,
-                "active_sessions": len(sessions.sessions), "streaming_connections": len(self.streaming)}
+        of = self.sessions
+        with of.lock:
+            return {"status": "healthy", "model": self.settings.model,
+                    "uptime_seconds": (clock() - self.started) // 1_000_000,
+                    "total_requests": of.successful + of.failed + len(of.running),
+                    "successful_requests": of.successful, "failed_requests": of.failed,
+                    "active_sessions": len(of.sessions), "streaming_connections": len(self.streaming)}
 
     def stats(self) -> dict[str, Any]:
         """What GET /stats answers."""
-        sessions = self.sessions
-        with sessions.lock:
-            ended, first = max(sessions.successful + sessions.failed, 1), sorted(sessions.first_chunks) or [0]
-            return {
-                **self.health(), "average_response_time": round(sessions.response_time / ended, 6),
-                "start_time": stamp(self.start_time), "total_sessions_created": sessions.created,
-                "total_chunks": sessions.chunks, "total_bytes": sessions.bytes,
-                "average_chunks_per_stream": round(sessions.chunks / ended, 3),
-                "time_to_first_chunk": {f"p{rank}": first[len(first) * rank // 100] for rank in (50, 95)},
-                "streams": self.streams(), "framework": FRAMEWORK}
+        of = self.sessions
+        with of.lock:
+            ended, first = max(of.successful + of.failed, 1), sorted(of.first_chunks) or [0]
+            return {**self.health(), "average_response_time": round(of.response_time / ended, 6),
+                    "start_time": stamp(self.start_time), "total_sessions_created": of.created,
+                    "total_chunks": of.chunks, "total_bytes": of.bytes,
+                    "average_chunks_per_stream": round(of.chunks / ended, 3),
+                    "time_to_first_chunk": {f"p{rank}": first[len(first) * rank // 100] for rank in (50, 95)},
+                    "streams": self.streams(), "framework": FRAMEWORK}
 
     def streams(self) -> list[dict[str, Any]]:
         """The running turns."""
-        return [{"session_id": turn.session.session_id, "turn_id": turn.turn_id,
-                 "started": turn.timestamp(turn.started), "chunks": turn.chunks(), "readers": turn.readers,
-                 "client": turn.client} for turn in list(self.sessions.running)]
+        return [{"session_id": turn.session.session_id, "turn_id": turn.turn_id, "started": turn.started,
+                 "chunks": turn.chunks(), "readers": turn.readers, "client": turn.client}
+                for turn in list(self.sessions.running)]
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -2096,37 +2044,18 @@ class Server(ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own, without waiting until it runs, as Thread.start() does."""
+        """Serve a connection in a thread. Thread.start() would wait until it runs."""
         if len(self.connections) < self.settings.max_connections:
-            self.connections.add(request)
-            try:
-                _thread.start_new_thread(self.process_request_thread, (request, client_address))
-                return
-            except RuntimeError:  # the system has no thread left
-                self.connections.discard(request)
-        self.turn_away(request)
-
-    def turn_away(self, request: socket.socket) -> None:
-        """Answer 503, and close a moment later: with unread bytes a close would take the answer back."""
-        refused = Refused("overloaded", "The server has as many connections as it can serve. Try again later.")
-        request.setblocking(False)
-        with suppress(OSError):
-            request.send(encode_reply(problem(refused), {}, closes=True, head_only=False))
-            request.shutdown(socket.SHUT_WR)
-        self.turned_away.append((time.monotonic(), request))  # of more than 100, the oldest is closed
-
-    def service_actions(self) -> None:
-        while self.turned_away and time.monotonic() - self.turned_away[0][0] >= LIMITS["linger"]:
-            self.turned_away.popleft()[1].close()
+            self.connections.add(request)  # otherwise the handler turns it away
+        try:
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        except RuntimeError:  # the system has no thread left
+            self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.discard(request)
         self.idle.discard(request)
         self.close_request(request)  # a shutdown before it would be one more system call
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if error := sys.exc_info()[1]:
-            self.console.trouble(error)
 
     def close(self, goes_on: bool) -> None:
         """Accept no more connections, answer the requests that were sent, and end all turns.
@@ -2155,7 +2084,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.01)
 
 
-# ---- reload: the same process runs the new program, with the listening socket and the sessions it had ---------
+# ---- reload: the same process runs the new program, with the listening socket and the sessions -----------
 
 
 class Watch:
@@ -2167,6 +2096,7 @@ class Watch:
         self.seen = seen or self.last
 
     def look(self) -> list:
+        """What tells one version of the files from another."""
         found: list = []
         for path in (PROGRAM, PAGE):
             with suppress(OSError):  # it is missing while an editor saves it
@@ -2174,18 +2104,18 @@ class Watch:
         return found
 
     def has_news(self) -> bool:
-        """Whether there is a new program or page to serve. A program that does not start is shown, and not served."""
+        """Whether there is something new to serve. A program that does not start is shown, and not served."""
         before, self.last = self.last, self.look()
-        if self.last == self.seen or self.last != before or not PROGRAM.exists():  # or it is still being written
+        if self.last in (self.seen, []) or self.last != before or not PROGRAM.exists():  # or is being written
             return False
         self.seen = self.last
         import subprocess
 
         command = [sys.executable, str(PROGRAM), "--help"]
         try:
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=10)  # which shows its errors
-        except (OSError, subprocess.SubprocessError) as error:
-            print(f"The new program does not start ({type(error).__name__}). The old one goes on.", file=sys.stderr)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=10)  # shows its errors
+        except (OSError, subprocess.SubprocessError):
+            print("The new program does not start. The old one goes on.", file=sys.stderr, flush=True)
             return False
         return True
 
@@ -2194,33 +2124,40 @@ def hand_over(server: Server, seen: list, private: str) -> NoReturn:
     """Run the new program in this process. `private` is the folder of a temporary database."""
     listening = server.socket.fileno()
     os.set_inheritable(listening, True)
-    os.environ["STREAMCHAT_RELOADED"] = json.dumps({"listening": listening, "seen": seen, "private": private})
+    os.environ["STREAMCHAT_RELOADED"] = json.dumps({"socket": listening, "seen": seen, "private": private})
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait until the new program can note them
     os.execv(sys.executable, sys.orig_argv)
 
 
-# ---- main ------------------------------------------------------------------------------------------------------------
+# ---- main ------------------------------------------------------------------------------------------------
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+NUMBERS = [  # flag, type, default, lowest, highest, help
+    ("--port", int, 8000, 0, 65535, "0 takes a free one"),
+    ("--chunk-words", int, 4, 1, 1_000_000, "words in a chunk at most"),
+    ("--chunk-delay", float, 0.1, 0, 1_000_000, "seconds between chunks at least; 0 turns the pace off"),
+    ("--resume-window", float, 30, 0, 1_000_000, "seconds that a turn goes on without readers"),
+    ("--heartbeat", float, 10, 0.001, 15, "seconds of silence after which a reader gets a ping"),
+    ("--max-connections", int, 1000, 1, 1_000_000, "connections at most, and running turns at most"),
+]
 
 
-def between(kind: type, low: float, high: float, excluded: float | None = None) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """A type for argparse: a number from `low` to `high`."""
     def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high or value == excluded:
-            raise argparse.ArgumentTypeError(f"must be from {low:,} to {high:,}" + " but not 0" * (excluded == 0))
-        return value
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:,} to {high:,}")
+        return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it in its error
     return parse
 
 
 def shaped(pattern: str, shape: str, change: Callable[[str], str]) -> Callable[[str], str]:
-    """A type for argparse: a text that matches the pattern."""
+    """A type for argparse: a text that matches the pattern. It is not repeated, since it may be a secret."""
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII):
-            raise argparse.ArgumentTypeError(f"must be {shape}")  # the text is not repeated: it may be a secret
+            raise argparse.ArgumentTypeError(f"must be {shape}")
         return change(text)
 
     return parse
@@ -2231,31 +2168,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Chat with a language model over plain HTTP/1.1, streamed as newline-delimited JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    option = parser.add_argument
+    option, origin = parser.add_argument, f"null|[a-z][a-z0-9+.-]*://{HOST.pattern}"
+    default_model = DEFAULT_GEMINI if gemini_keys() or gemini_on_vertex() else "offline"
     option("--host", default="127.0.0.1", help="address to listen on")
-    option("--port", type=between(int, 0, 65535), default=8000, help="0 takes a free one")
-    option("--model", metavar="ID", default=choose_model(),
+    option("--model", default=os.environ.get("GENAI_MODEL_ID") or default_model,
            help="offline, the name of a Gemini model, or MODULE:FUNCTION of your own")
-    option("--chunk-words", metavar="N", type=between(int, 1, 1_000_000), default=4, help="words in a chunk at most")
-    option("--chunk-delay", metavar="S", type=between(float, 0, 1_000_000), default=0.1,
-           help="seconds between chunks at least; 0 turns the pace off")
-    option("--resume-window", metavar="S", type=between(float, 0, 1_000_000), default=30,
-           help="seconds that a turn goes on without readers")
-    option("--heartbeat", metavar="S", type=between(float, 0, 15, excluded=0), default=10,
-           help="seconds of silence after which a reader gets a ping")
+    for flag, kind, default, low, high, text in NUMBERS:
+        option(flag, type=number(kind, low, high), default=default, metavar=kind.__name__.upper(), help=text)
     option("--db", metavar="FILE", help="keep sessions in this file, which is made if it is missing")
-    option("--reload", action="store_true", help="restart with the same sessions when the program or the page changes")
+    option("--reload", action="store_true", help="restart, with the sessions, when the program changes")
     option("--debug", action="store_true", help="serve /debug")
-    option("--token", metavar="T", type=shaped(r"[!-~]+", "printable ASCII without spaces", str),
+    option("--token", type=shaped(r"[!-~]+", "printable ASCII without spaces", str),
            default=os.environ.get("STREAMCHAT_TOKEN") or None,  # shown in no characters (.0)
            help="serve only clients that send it as a bearer token (default: STREAMCHAT_TOKEN)%(default).0s")
-    option("--allow-host", metavar="H", type=shaped(HOST.pattern, "a host name or address", host_name),
+    option("--allow-host", metavar="HOST", type=shaped(HOST.pattern, "a host name or address", host_name),
            action="append", default=[], help="answer to this host name, too; may be repeated")
-    option("--allow-origin", metavar="O", action="append", default=[],
-           type=shaped(f"null|[a-z][a-z0-9+.-]*://{HOST.pattern}", "SCHEME://HOST[:PORT]", str.lower),
-           help="let pages of this origin in, too; may be repeated")
-    option("--max-connections", metavar="N", type=between(int, 1, 1_000_000), default=1000,
-           help="connections at most, and running turns at most")
+    option("--allow-origin", metavar="ORIGIN", type=shaped(origin, "SCHEME://HOST[:PORT]", str.lower),
+           action="append", default=[], help="let pages of this origin in, too; may be repeated")
     option("--log", choices=["full", "brief", "off"], default="full", help="brief logs no texts")
     return parser.parse_args()
 
@@ -2266,7 +2195,7 @@ def start_problem(settings: argparse.Namespace) -> str | None:
         try:
             import_function(settings.model)
         except Exception as error:
-            return f"{settings.model} cannot be imported ({error!r}). Correct --model, or use --model offline."
+            return f"cannot import {settings.model} ({error!r}). Correct --model, or use --model offline."
     if trouble := model_problem(settings.model):
         return trouble
     if settings.reload and os.name == "nt":
@@ -2278,7 +2207,7 @@ def start_problem(settings: argparse.Namespace) -> str | None:
 
 
 def allowed_connections(wanted: int) -> int:
-    """How many connections there may be, each with a file descriptor of its own and one for its turn's model."""
+    """How many connections there may be, each with a file descriptor, and one for its turn's model."""
     try:
         from resource import RLIMIT_NOFILE, getrlimit, setrlimit
     except ImportError:  # on Windows, which has no such limit
@@ -2298,17 +2227,6 @@ def fail(trouble: str) -> int:
     return 2
 
 
-def note_signals() -> list[int]:
-    """The signals to end, as they come. A handler that only takes a note can do no harm anywhere."""
-    signals: list[int] = []
-    for number in SIGNALS:
-        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores HUP
-            signal.signal(number, lambda number, frame: signals.append(number))
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    return signals
-
-
 def main() -> int:
     """The exit status: 2 if the server cannot start. After a signal the program ends with 0."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it is closed
@@ -2321,7 +2239,7 @@ def main() -> int:
     host, port, private = settings.host, settings.port, reloaded.get("private", "")
     try:
         if reloaded:
-            listening = socket.socket(fileno=reloaded["listening"])
+            listening = socket.socket(fileno=reloaded["socket"])
         else:  # with socketserver's backlog of 5, most of a burst of 1,000 connections would fail
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listening = socket.create_server((host, port), family=family, backlog=1024)
@@ -2341,7 +2259,12 @@ def main() -> int:
 
 def serve(server: Server, watch: Watch | None, private: str) -> NoReturn:
     """Serve until a signal comes, and end the program; or until there is a new program, and run that."""
-    signals = note_signals()
+    signals: list[int] = []
+    for number in SIGNALS:
+        if number in SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, frame: signals.append(number))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     sys.setswitchinterval(0.05)  # seconds; with many streams, the default of 0.005 is mostly switching
     greet(server)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
@@ -2363,10 +2286,9 @@ def serve(server: Server, watch: Watch | None, private: str) -> NoReturn:
 def greet(server: Server) -> None:
     """The banner. Its last line is the address, in every mode, for programs that wait for it."""
     console, settings = server.console, server.settings
-    rows = {"Model": settings.model, "Framework": FRAMEWORK, "Multi-turn": "ENABLED", "Streaming": "CHUNKED HTTP"}
-    if settings.db:
-        rows["Sessions"] = f"{len(server.sessions.sessions)} in {settings.db}"
-    rows["Status"] = "READY"
+    sessions = f"{len(server.sessions.sessions)} in {settings.db or 'memory'}"
+    rows = {"Model": settings.model, "Framework": FRAMEWORK, "Multi-turn": "ENABLED",
+            "Streaming": "CHUNKED HTTP", "Sessions": sessions, "Status": "READY"}
     if console.pretty:
         console.print(banner(rows))
         console.print(f"Try: curl -N -d '{{\"message\":\"Hello\"}}' {server.url}/chat/stream")
@@ -2379,10 +2301,12 @@ def say_goodbye(server: Server) -> None:
     """The statistics."""
     stats = server.stats()
     server.console.log("server_stopped", {
-        "Server Uptime": timedelta(seconds=stats["uptime_seconds"]), "Total Requests": stats["total_requests"],
+        "Server Uptime": timedelta(seconds=stats["uptime_seconds"]),
+        "Total Requests": stats["total_requests"],
         "Successful": stats["successful_requests"], "Failed": stats["failed_requests"],
-        "Active Sessions": stats["active_sessions"], "Total Sessions Created": stats["total_sessions_created"],
-        "Total Chunks": stats["total_chunks"], "Avg Response Time": f"{stats['average_response_time']:.3f}s"})
+        "Active Sessions": stats["active_sessions"],
+        "Total Sessions Created": stats["total_sessions_created"], "Total Chunks": stats["total_chunks"],
+        "Avg Response Time": f"{stats['average_response_time']:.3f}s"})
 
 
 if __name__ == "__main__":

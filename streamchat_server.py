@@ -850,13 +850,14 @@ def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
         code, advice = GEMINI_STATUSES.get(known, ("model_error", "The request failed."))
         said = without_keys(str(error.message or error.status or "no reason"))
         return Failure(code, f"{model_id}: {advice} Gemini said: {status}, {said}")
-    if "google.auth" in kinds and name != "TransportError":
-        return Failure("model_auth", f"{model_id}: The Google Cloud credentials do not work: {text}")
-    here = [name for name in NETWORK if os.environ.get(name) or os.environ.get(name.lower())]
+    here = [each for each in NETWORK if os.environ.get(each) or os.environ.get(each.lower())]
     unreachable_proxy = "Connect" in kinds and set(here) & set(PROXIES)
-    if at_setup or unreachable_proxy or MISCONFIGURED.search(kinds):
+    is_login = "google.auth" in kinds and name != "TransportError"
+    if unreachable_proxy or MISCONFIGURED.search(kinds) or (at_setup and not is_login):
         advice = f"Check {', '.join(NETWORK)} (set here: {', '.join(here) or 'none'})."
-        return Failure("model_error", f"{model_id}: No connection can work so ({name}: {text}). {advice}")
+        return Failure("model_error", f"{model_id} cannot be reached as configured ({name}: {text}). {advice}")
+    if is_login:
+        return Failure("model_auth", f"{model_id}: The Google Cloud credentials do not work: {text}")
     return Failure("model_cut", f"{model_id}: The connection broke or could not be made ({name}).")
 
 

@@ -32,12 +32,13 @@ CRLF):
     < 0
     <
 
-The last line is a terminal event, `complete` or `error`. A stream without one was cut, but its turn runs on:
-a client that was cut off sends the same POST again and gets the same lines. `complete` adds the message and
-the answer to the history; `error` adds nothing. README.md has the whole protocol.
+The last line is a terminal event, `complete` or `error`. A stream without one was cut, but its turn goes on
+for 30 s: a client that was cut off sends the same POST again and gets the same lines. `complete` adds the
+message and the answer to the history; `error` adds nothing. README.md has the whole protocol.
 
-How the data flows: bytes → Head → Request → endpoint → Turn ← run_model ← model(history), and from there
-Turn.follow → lines → transfer chunks → one send. Retry, resume and a second reader are the same follow().
+A Handler reads a request from its connection, checks it and calls the endpoint for its path. A POST begins a
+Turn: a thread runs the model and adds the answer to the turn piece by piece. The handler follows the turn and
+sends its lines. A retry, a resume and a second reader follow the same turn.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from ipaddress import IPv6Address, ip_address
@@ -112,9 +113,9 @@ TITLES |= {413: "Content Too Large", 414: "URI Too Long"}
 PROBLEMS = {  # code of a problem: status
     "bad_request": 400, "invalid_json": 400, "invalid_field": 400, "unauthorized": 401,
     "forbidden_origin": 403, "forbidden_host": 403, "not_found": 404, "session_not_found": 404,
-    "no_turn": 404, "method_not_allowed": 405, "request_timeout": 408, "session_busy": 409, "session_exists": 409,
-    "turn_id_reused": 409, "length_required": 411, "payload_too_large": 413, "uri_too_long": 414,
-    "unsupported_media_type": 415, "headers_too_large": 431, "internal_error": 500, "not_implemented": 501,
+    "no_turn": 404, "method_not_allowed": 405, "request_timeout": 408, "session_busy": 409,
+    "session_exists": 409, "turn_id_reused": 409, "length_required": 411, "payload_too_large": 413,
+    "uri_too_long": 414, "unsupported_media_type": 415, "headers_too_large": 431, "internal_error": 500, "not_implemented": 501,
     "overloaded": 503, "version_not_supported": 505,
 }
 
@@ -201,7 +202,7 @@ def transfer_chunk(line: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(line), line)
 
 
-# ---- turn: a log of lines that any number of readers follow. It does not depend on sockets or models. ----
+# ---- turn: a log of lines that any number of readers follow ----------------------------------------------
 
 OPENING = 2  # lines before the chunks: session_info and status
 
@@ -209,9 +210,10 @@ OPENING = 2  # lines before the chunks: session_info and status
 class Turn:
     """One user message and its answer, as a log of lines.
 
-    Each line has a moment, in microseconds of clock(), before which no reader gets it. So the model may run
-    ahead of the pace, and a stop drops the lines that are not due. If the model ends while the last chunk is
-    not due, that chunk is held back: it is the final one once it is due. Otherwise an empty one follows.
+    Each line has a moment, in microseconds of clock(), at which it is due: no reader gets it before. Chunks
+    are due one after the other, at the pace of --chunk-delay. So the model may run ahead, and a stop drops
+    the lines that are not due. When the model ends and its last chunk is not due, that chunk is held back
+    until it is, and then sent as the final one. If it was due before, an empty final chunk follows.
     """
 
     def __init__(self, session: Session, turn_id: str, message: str, created: bool, delay: float,
@@ -244,8 +246,7 @@ class Turn:
 
     def chunks(self) -> int:
         """How many chunks have been released: those that are due."""
-        released = bisect_right(self.moments, clock()) - OPENING
-        return released if self.state == "running" else released - 1
+        return min(bisect_right(self.moments, clock()) - OPENING, len(self.texts))
 
     def add(self, texts: list[str]) -> None:
         """Add chunks at the pace. Once the turn is ending, they are dropped."""
@@ -272,8 +273,11 @@ class Turn:
             while not self.is_ending and (rest := due - clock()) > 0:
                 self.changed.wait(rest / 1e6)
 
-    def close(self, is_stop: bool) -> int:
-        """Drop the chunks that are not due and take no more. Returns the moment; finish() must follow."""
+    def freeze(self, is_stop: bool) -> int:
+        """Drop the chunks that are not due, and take no more. Returns the moment of the end.
+
+        The turn is written to disk between this and finish().
+        """
         with self.changed:
             now = clock()
             due = bisect_right(self.moments, now)
@@ -291,7 +295,7 @@ class Turn:
         if isinstance(outcome, Failure):
             return [encode(type="error", code=outcome.code, message=outcome.message,
                            retryable=STREAM_ERRORS[outcome.code][0], **ids)]
-        total, gained = len(self.texts) + 1, 2 if self.texts or self.held else 0
+        total, gained = len(self.texts) + 1, 2 if self.texts else 0
         usage = {"usage": outcome.usage} if outcome.usage else {}
         return [encode_chunk(self.held, total, True, timestamp), encode(
             type="complete", finish_reason=outcome.reason, total_chunks=total,
@@ -300,6 +304,8 @@ class Turn:
 
     def finish(self, state: str, ending: list[bytes], now: int) -> None:
         """End the turn. (`changed` is held.)"""
+        if state == "complete":
+            self.texts.append(self.held)
         self.lines += ending
         self.moments += [now] * len(ending)
         self.state = state
@@ -352,10 +358,11 @@ def split(piece: str, words: int) -> list[str]:
     return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
 
 
-# ---- sessions: who may begin a turn, and what is remembered. It does not depend on HTTP. -----------------
+# ---- sessions: histories, and at most one running turn in each -------------------------------------------
 #
-# Two locks, taken in this order: each Turn's `changed`, and Sessions.lock, which guards the dict of sessions,
-# their histories and the counters. Neither is held while the disk is waited for: alone() takes care of that.
+# Sessions.alone() keeps other threads from changing a session, also while the disk is waited for. Two locks
+# are held for short moments only, and taken in this order: `changed` of a Turn, which guards its lines, and
+# Sessions.lock, which guards the dict of sessions, their histories and the counters.
 
 
 class Message(NamedTuple):
@@ -401,11 +408,12 @@ class Session:
 
     def running_turn(self) -> Turn | None:
         """The turn that keeps this session busy."""
-        return self.latest if isinstance(self.latest, Turn) and self.latest.state == "running" else None
+        latest = self.latest  # read once: another thread may change it
+        return latest if isinstance(latest, Turn) and latest.state == "running" else None
 
     def find(self, turn_id: str) -> Turn | KeptTurn | None:
         """The turn with this id that is running or kept. A failed one is not found, since it is run again."""
-        latest = self.latest
+        latest = self.latest  # a turn that was stopped before any text is complete, but not in the history
         if isinstance(latest, Turn) and latest.turn_id == turn_id and latest.state != "failed":
             return latest
         return next((turn for turn in reversed(self.history) if turn.turn_id == turn_id), None)
@@ -424,10 +432,10 @@ class Sessions:
         self.settings, self.console, self.database = settings, console, database
         self.lock = threading.Condition()
         self.sessions = database.sessions if database else {}
-        self.taken: set[str] = set()  # ids of the sessions that alone() has given to a thread
+        self.taken: set[str] = set()  # ids of the sessions that a thread has for itself, by alone()
         self.closing = False  # when true, no session is made and no turn begins
         self.running: dict[Turn, None] = {}  # in the order of their start
-        self.models = 0  # threads that run a model, some of them for turns that have ended
+        self.models = 0  # threads that run a model, some for turns that have ended; these are limited
         self.successful = self.failed = self.created = self.chunks = self.bytes = 0
         self.response_time = 0.0  # seconds, of all turns that have ended
         self.first_chunks: deque[float] = deque(maxlen=1000)  # seconds from a turn's start to its first chunk
@@ -519,8 +527,7 @@ class Sessions:
     def _run(self, turn: Turn, history: list[Message]) -> None:
         """Run the session's model into the turn, in a thread of its own."""
         try:
-            model = partial(call_model, turn.session.model)
-            outcome = run_model(turn, model, history, self.settings.chunk_words)
+            outcome = run_model(turn, history, self.settings.chunk_words)
             turn.wait_for_pace(hold=isinstance(outcome, Finish))
             self.end(turn, outcome)
         finally:
@@ -528,7 +535,7 @@ class Sessions:
                 self.models -= 1
 
     def end(self, turn: Turn, outcome: Outcome) -> bool:
-        """End a turn in one step: last lines, history, counters, and the session is free. The first end wins.
+        """End a turn in one step: lines, history, counters, and the session is free. False if it had ended.
 
         The turn is on disk before anybody can read that it is complete. If it cannot be written, it fails.
         """
@@ -539,9 +546,9 @@ class Sessions:
         if turn.state != "running":
             return False
         session, kept = turn.session, None
-        now = turn.close(is_stop=outcome == STOPPED)
+        now = turn.freeze(is_stop=outcome is STOPPED)
         ending = turn.ending(outcome, now)
-        if isinstance(outcome, Finish) and (turn.texts or turn.held):
+        if isinstance(outcome, Finish) and turn.texts:
             kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.held, turn.started,
                             turn.timestamp(now), zlib.compress(b"".join(turn.lines + ending), 1))
             try:
@@ -555,12 +562,13 @@ class Sessions:
             turn.finish("failed" if isinstance(outcome, Failure) else "complete", ending, now)
             if kept:
                 session.history.append(kept)
-            session.latest, session.last_activity = kept or turn, turn.epoch + now
+            session.latest = kept or turn  # a kept turn is compressed: so its long log is let go
+            session.last_activity = turn.epoch + now
             self._count(turn, now)
         self.console.turn_ended(turn, outcome, now, len(self.running))
         if turn.pieces is not None:
             with suppress(RuntimeError):  # the system has no thread left
-                _thread.start_new_thread(close_model, (turn,))  # a close() may block
+                _thread.start_new_thread(close_model, (turn,))  # the close() of a model may block
         return True
 
     def _count(self, turn: Turn, now: int) -> None:
@@ -572,7 +580,7 @@ class Sessions:
         self.chunks += turn.chunks()
         self.bytes += sum(map(len, turn.lines))
         self.response_time += (now - turn.began) / 1e6
-        if turn.texts:
+        if "".join(turn.texts[:1]):
             self.first_chunks.append((turn.moments[OPENING] - turn.began) / 1e6)
 
     def stop(self, session_id: str, turn_id: str | None) -> bool:
@@ -628,12 +636,15 @@ Model = Callable[[list[Message]], Iterable[Any]]
 FUNCTIONS: dict[str, Model] = {}  # MODULE:FUNCTION of the command line
 
 
-def run_model(turn: Turn, model: Model, history: list[Message], words: int) -> Outcome:
-    """Run a model into a turn until it is done or the turn ends. Returns how the model ended."""
+def run_model(turn: Turn, history: list[Message], words: int) -> Outcome:
+    """Run the session's model into a turn until it is done or the turn ends. Returns how the model ended.
+
+    An answer without any text is a failure.
+    """
     finish = Finish("stop")
     try:
-        turn.pieces = model(history)
-        if turn.is_ending:  # since before close_model() could see the pieces
+        turn.pieces = call_model(turn.session.model, history)
+        if turn.is_ending:  # it ended in the meantime, so nobody else has closed these pieces
             close_model(turn)
             return finish
         for piece in turn.pieces:
@@ -660,10 +671,10 @@ def run_model(turn: Turn, model: Model, history: list[Message], words: int) -> O
 
 
 def close_model(turn: Turn) -> None:
-    """Close the model's iterator. One that is at work and cannot be closed goes on until it returns."""
+    """Close the model's iterator. A running generator cannot be closed: it goes on until it yields."""
     close = getattr(turn.pieces, "close", None)
     if close:
-        with suppress(Exception):  # a generator that is at work raises ValueError
+        with suppress(Exception):  # ValueError from a running generator
             close()
 
 
@@ -672,7 +683,7 @@ def call_model(model_id: str, history: list[Message]) -> Iterable[Any]:
     if model_id in FUNCTIONS:
         return FUNCTIONS[model_id](history)
     if problem := model_problem(model_id):
-        raise Failure("model_auth", problem)
+        raise Failure("model_not_found" if ":" in model_id else "model_auth", problem)
     return offline(history) if model_id == "offline" else GeminiAnswer(model_id, history)
 
 
@@ -714,8 +725,8 @@ def offline(history: list[Message]) -> Iterator[str]:
            f"This is the offline model. {before} messages came before this one.")
 
 
-# Gemini, by google-genai's asynchronous client. One event loop, in a thread of its own, serves all turns:
-# only a task can be cancelled whatever it waits for: a connect, TLS, a head, an event or the pause of a retry.
+# Gemini, by google-genai's asynchronous client. One event loop, in a thread of its own, serves all turns: a
+# task can be cancelled whatever it waits for, be it a connect, TLS, a head, an event or the pause of a retry.
 
 DEFAULT_GEMINI = "gemini-3.8-flash"
 GEMINI_STATUSES = {  # status: stream error code, and what to do about it; any other is model_error
@@ -855,22 +866,22 @@ def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
     is_login = "google.auth" in kinds and name != "TransportError"
     if unreachable_proxy or MISCONFIGURED.search(kinds) or (at_setup and not is_login):
         advice = f"Check {', '.join(NETWORK)} (set here: {', '.join(here) or 'none'})."
-        return Failure("model_error", f"{model_id} cannot be reached as configured ({name}: {text}). {advice}")
+        return Failure("model_error", f"{model_id}: The configuration cannot work ({name}: {text}). {advice}")
     if is_login:
         return Failure("model_auth", f"{model_id}: The Google Cloud credentials do not work: {text}")
     return Failure("model_cut", f"{model_id}: The connection broke or could not be made ({name}).")
 
 
 def without_keys(text: str) -> str:
-    """A text of the service on one line, without keys, and then shortened: so no half of a key is left."""
-    for key in sorted(gemini_keys(), key=len, reverse=True):
+    """A text of the service on one line. Keys are removed first, so that shortening leaves no half of one."""
+    for key in sorted(gemini_keys(), key=len, reverse=True):  # one may contain the other
         text = text.replace(key, "[key]")
     return " ".join(LOOKS_LIKE_A_KEY.sub("[key]", text).split())[:600].rstrip(".")
 
 
 # ---- database: what --db keeps, in a file of SQLite. It is read at start, and after that only written. -----
 
-APPLICATION_ID = int.from_bytes(b"SCht", "big")  # in the header of the file: whose it is
+APPLICATION_ID = int.from_bytes(b"SCht", "big")  # marks a file as ours
 SCHEMA_VERSION = 2
 SCHEMA = f"""
 CREATE TABLE sessions (session_id TEXT PRIMARY KEY, model TEXT, created_at INTEGER, last_activity INTEGER);
@@ -890,18 +901,19 @@ class Database:
     """The file of --db. One server has it at a time; others may read it. Methods raise DatabaseError."""
 
     def __init__(self, file: str) -> None:
-        import sqlite3  # not needed without --db, and some builds of Python lack it
+        import sqlite3  # not loaded without --db
 
         self.path, self.lock = Path(file).resolve(), threading.Lock()
         try:
             # The lock is on a file of its own, so that others can read this one. It ends with the process.
             self.owner = self._connect(f"{self.path}-lock")
+            self.owner.execute("PRAGMA journal_mode = MEMORY")  # otherwise SQLite makes one more file
             self.owner.execute("BEGIN EXCLUSIVE")
-            has_log = Path(f"{self.path}-wal").exists()  # left by a kill: SQLite will read it
-            if not has_log and not (self.path.exists() and self.path.stat().st_size):
+            has_wal = Path(f"{self.path}-wal").exists()  # left by a kill: it has the last turns
+            if not has_wal and not (self.path.exists() and self.path.stat().st_size):
                 self._make()
-            self._check_header()
-            self.sessions = self._read(f"mode=ro&immutable={int(not has_log)}")
+            # Without a -wal the file is read as it is, and SQLite makes no files beside it.
+            self.sessions = self._read(f"mode=ro&immutable={int(not has_wal)}")
             self.connection = self._connect(self.path)
             self.connection.execute("PRAGMA synchronous = FULL")
         except sqlite3.Error as error:
@@ -924,33 +936,29 @@ class Database:
             connection.executescript(SCHEMA)
         new.replace(self.path)
 
-    def _check_header(self) -> None:
-        """Read the header (sqlite.org/fileformat.html) without SQLite, which might change the file."""
-        with self.path.open("rb") as file:
-            header = file.read(100)
-        if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
-            raise OSError("it is not a database of SQLite")
-        page_size, version, application = struct.unpack(">16x H 42x I 4x I 28x", header)
-        if application != APPLICATION_ID:
-            raise OSError("it belongs to another program")
-        if version != SCHEMA_VERSION:
-            age = "a newer" if version > SCHEMA_VERSION else "an older"
-            raise OSError(f"{age} version of this program made it (schema {version}, not {SCHEMA_VERSION})")
-        if self.path.stat().st_size % page_size:
-            raise OSError("its end is missing")
-
     def _read(self, mode: str) -> dict[str, Session]:
-        """All sessions, by a connection that changes nothing."""
+        """All sessions, by a connection that changes nothing: the file may be another program's."""
         import sqlite3
 
+        size = self.path.stat().st_size
+        if not size or size % 512:
+            raise OSError("it is not a database of SQLite, or its end is missing")
         with closing(sqlite3.connect(f"{self.path.as_uri()}?{mode}", uri=True)) as found:
-            [damage] = found.execute("PRAGMA quick_check(1)").fetchone()
+            application, version, damage = (found.execute(f"PRAGMA {name}").fetchone()[0] for name in (
+                "application_id", "user_version", "quick_check(1)"))
+            if application != APPLICATION_ID:
+                raise OSError("it belongs to another program")
+            if version != SCHEMA_VERSION:
+                made = "a newer" if version > SCHEMA_VERSION else "an older"
+                why = f"its schema is {version}, not {SCHEMA_VERSION}"
+                raise OSError(f"{made} version of this program made it: {why}")
             if damage != "ok":
                 raise OSError(f"it is damaged ({' '.join(damage.split())})")
             rows = found.execute("SELECT session_id, model, created_at, last_activity FROM sessions")
             sessions = {row[0]: Session(*row) for row in rows}
-            columns = "session_id, turn_id, message, answer, started, ended, log"
-            for session_id, *turn in found.execute(f"SELECT {columns} FROM turns ORDER BY rowid"):
+            rows = found.execute("SELECT session_id, turn_id, message, answer, started, ended, log "
+                                 "FROM turns ORDER BY rowid")
+            for session_id, *turn in rows:
                 sessions[session_id].history.append(KeptTurn(*turn))
         return sessions
 
@@ -964,17 +972,19 @@ class Database:
                     for statement, values in statements:
                         self.connection.execute(statement, values)
             except sqlite3.Error as error:
-                with suppress(sqlite3.Error):  # so that nothing of a failed COMMIT comes back from FILE-wal
+                # A COMMIT that failed may have left its turn in FILE-wal, where a restart would find it.
+                # Another write, which changes nothing, takes its place.
+                with suppress(sqlite3.Error):
                     self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 raise DatabaseError(f"cannot write {self.path}: {error}") from None
 
     def add_session(self, session: Session) -> None:
-        """A new session."""
+        """Insert a session without turns."""
         self._write(("INSERT INTO sessions VALUES (?, ?, ?, ?)",
                      (session.session_id, session.model, session.created_at, session.last_activity)))
 
     def add_turn(self, session_id: str, turn: KeptTurn, now: int) -> None:
-        """`now` is the session's last activity, in microseconds since 1970."""
+        """Insert a turn. `now` is the session's last activity, in microseconds since 1970."""
         self._write(("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?)", (session_id, *turn)),
                     ("UPDATE sessions SET last_activity = ? WHERE session_id = ?", (now, session_id)))
 
@@ -985,7 +995,7 @@ class Database:
                     (f"{change} WHERE session_id = ?", (session_id,)))
 
     def close(self) -> None:
-        """Give the file free."""
+        """Release the file."""
         with self.lock:
             self.connection.close()
             self.owner.close()
@@ -1071,7 +1081,7 @@ class Console:
                 print(f"{text}\n", end="", file=stream, flush=True)  # one write, if others write there too
 
     def close(self) -> None:
-        """Return when all is written, or after a second."""
+        """Return when all is written, or after two seconds."""
         with suppress(Full):
             self.queue.put(None, timeout=1)
             self.writer.join(1)
@@ -1086,7 +1096,7 @@ class Console:
         self.print(write(event, rows, at or wall_clock()))
 
     def trouble(self, error: BaseException) -> None:
-        """Log what somebody must mend, on standard error in every mode. A bug comes with its traceback."""
+        """Log an error that somebody must fix, on standard error in every mode. A bug has its traceback."""
         lines = [plain("trouble", {"Error": f"{type(error).__name__}: {error}"}, wall_clock())]
         self.errors.append(lines[0])
         if not isinstance(error, DatabaseError):
@@ -1104,7 +1114,7 @@ class Console:
         if self.mode != "full":
             return
         with turn.changed:
-            first, turn.logged = turn.logged, min(turn.chunks(), len(turn.texts))
+            first, turn.logged = turn.logged, turn.chunks()
             for at in range(first, min(turn.logged, first + 1000)):
                 row = {"Session": turn.session.session_id, "Number": at + 1, "Text": turn.texts[at]}
                 self.log("chunk", row, turn.epoch + turn.moments[OPENING + at])
@@ -1120,7 +1130,7 @@ class Console:
             self.log("stream_failed", rows)
             if outcome.__cause__:
                 self.trouble(outcome.__cause__)
-        elif outcome == STOPPED:
+        elif outcome is STOPPED:
             self.log("stream_stopped", {**rows, "Status": "STOPPED"})
         else:
             self.log("stream_completed", {**rows, "Status": "SUCCESS"})
@@ -1228,7 +1238,7 @@ class Head:
                 raise Refused("bad_request", "Send the body with Content-Length, without Transfer-Encoding.")
         if not re.fullmatch("[0-9]+", length):  # two fields are joined by a comma
             raise Refused("bad_request", "Send one Content-Length, a number in digits.")
-        return codings, int(length.lstrip("0")[:18] or "0")  # more digits would be far too many, too
+        return codings, int(length.lstrip("0")[:18] or "0")  # 18 digits are far too many bytes, too
 
     def _list(self, name: str) -> list[str]:
         """The elements of a field that is a list (RFC 9110, section 5.6.1), in lower case."""
@@ -1238,7 +1248,7 @@ class Head:
     def check_host(self, settings: argparse.Namespace) -> None:
         """Without a token, only a loopback Host or an allowed one.
 
-        A page may bind its own name to this machine's address, to share an origin with this server.
+        Otherwise a page could bind its own name to this machine's address, and share this server's origin.
         """
         name = host_name(self.host)
         if not settings.token and self.host and not is_loopback(name) and name not in settings.allow_host:
@@ -1451,7 +1461,8 @@ class Endpoints:
         if len(values) > 1 or not re.fullmatch("[0-9]{1,9}", values[0]):
             raise Refused("invalid_field", "after must be a number of 1 to 9 digits: your last chunk.")
         session = self.sessions.get(request.session_id)
-        turn = session.latest or (session.history[-1] if session.history else None)
+        kept = session.history[-1:]  # after a restart there is no latest turn
+        turn = session.latest or (kept[0] if kept else None)
         if not turn:
             raise Refused("no_turn", "This session has no turn yet. POST a message to it.")
         return Stream(turn, int(values[0]))
@@ -1522,9 +1533,11 @@ class Endpoints:
         return reply_json(describe(self.server.routes))
 
     def demo(self, request: Request) -> Reply:
-        if not PAGE.is_file():
-            raise Refused("not_found", "The page is the file demo.html, which is missing beside the server.")
-        html = PAGE.read_text("utf-8")  # with \n, as browsers hash it, also if a checkout made CRLF of it
+        try:
+            html = PAGE.read_text("utf-8")  # with \n, as browsers hash it, also if a checkout made CRLF of it
+        except OSError:
+            missing = "The page is the file demo.html, which cannot be read beside the server."
+            raise Refused("not_found", missing) from None
         return Reply(200, {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store",
                            "Content-Security-Policy": content_security_policy(html)}, html.encode())
 
@@ -1782,7 +1795,7 @@ class Handler(BaseRequestHandler):
 
     def setup(self) -> None:
         self.received = bytearray()  # and not yet read as a request
-        self.patience = 0  # seconds, as the kernel has been told
+        self.patience = 0  # seconds: the time-out of the socket
         self.head: Head | None = None  # of the request that is being served
         self.cors: dict[str, str] = {}  # fields of its answer
         self.unread = self.closes = False  # whether its body was not read; whether the connection is to end
@@ -1800,8 +1813,6 @@ class Handler(BaseRequestHandler):
         except OSError as error:  # the client left, or made no progress for too long
             reason = type(error).__name__
             server.console.log("client_left", {"Client IP": self.client_address[0], "Reason": reason})
-        finally:
-            server.streaming.discard(self)
 
     def turn_away(self) -> None:
         """There are too many connections: answer 503 and close."""
@@ -1833,7 +1844,7 @@ class Handler(BaseRequestHandler):
                 "Client IP": self.client_address[0], "Status": PROBLEMS[refused.code], "Code": refused.code,
                 "Request": asked[:100]})
             return problem(refused)
-        except OSError:
+        except OSError:  # the client left
             raise
         except Exception as error:
             self.server.console.trouble(error)
@@ -1848,17 +1859,14 @@ class Handler(BaseRequestHandler):
         head.check_token(server.settings.token)
         routes, session_id = find_routes(server.paths, head.method, head.path)
         route = routes.get(head.method)
-        schema = route.body if route else None
-        head.check_body(schema is not None, server.curl)
+        takes = route.body if route else None
+        head.check_body(takes is not None, server.curl)
         body = self.read_body(head) if head.has_body else b""
         if route is None:
             return self.options([*routes, "OPTIONS"])
-        fields = parse_json(body) if schema and (body or schema["required"]) else {}
+        fields = parse_json(body) if takes and (body or takes["required"]) else {}
         request = Request(head, session_id, fields, self.client_address[0])
-        try:
-            return getattr(server.endpoints, route.name)(request)
-        except OSError as error:  # of a file: any other one means that the client has left
-            raise RuntimeError(f"{route.name} failed") from error
+        return getattr(server.endpoints, route.name)(request)
 
     def options(self, methods: list[str]) -> Reply:
         """Also the answer to a preflight, if the page's origin is allowed."""
@@ -1913,7 +1921,7 @@ class Handler(BaseRequestHandler):
 
         False at the end of the connection. Raises TimeoutError.
         """
-        patience = int(end - time.monotonic()) + 1  # whole seconds, so that the kernel is seldom told
+        patience = int(end - time.monotonic()) + 1  # whole seconds, so that it seldom changes
         if patience <= 0:
             raise TimeoutError
         if patience != self.patience:
@@ -1946,15 +1954,18 @@ class Handler(BaseRequestHandler):
         if self.head.method == "HEAD":
             self.send(start)
             return
+        follow = stream.turn.follow(stream.after, self.server.settings.heartbeat)
         self.server.streaming.add(self)
-        with closing(stream.turn.follow(stream.after, self.server.settings.heartbeat)) as follow:
+        try:
             for lines in follow:
                 lines = lines or [encode(type="ping", timestamp=stamp(wall_clock()))]
                 data = start + b"".join(map(transfer_chunk, lines) if chunked else lines)
                 is_end = chunked and lines[-1].startswith(TERMINAL)
                 self.send(data + b"0\r\n\r\n" if is_end else data)
                 start = b""
-        self.server.streaming.discard(self)
+        finally:
+            follow.close()
+            self.server.streaming.discard(self)
 
     def send(self, data: bytes) -> None:
         """Send it all. Raises TimeoutError if the client makes no progress for LIMITS["send"] seconds."""
@@ -2011,23 +2022,23 @@ class Server(ThreadingHTTPServer):
 
     def health(self) -> dict[str, Any]:
         """What GET /health answers."""
-        of = self.sessions
-        with of.lock:
+        counts = self.sessions
+        with counts.lock:
             return {"status": "healthy", "model": self.settings.model,
                     "uptime_seconds": (clock() - self.started) // 1_000_000,
-                    "total_requests": of.successful + of.failed + len(of.running),
-                    "successful_requests": of.successful, "failed_requests": of.failed,
-                    "active_sessions": len(of.sessions), "streaming_connections": len(self.streaming)}
+                    "total_requests": counts.successful + counts.failed + len(counts.running),
+                    "successful_requests": counts.successful, "failed_requests": counts.failed,
+                    "active_sessions": len(counts.sessions), "streaming_connections": len(self.streaming)}
 
     def stats(self) -> dict[str, Any]:
         """What GET /stats answers."""
-        of = self.sessions
-        with of.lock:
-            ended, first = max(of.successful + of.failed, 1), sorted(of.first_chunks) or [0]
-            return {**self.health(), "average_response_time": round(of.response_time / ended, 6),
-                    "start_time": stamp(self.start_time), "total_sessions_created": of.created,
-                    "total_chunks": of.chunks, "total_bytes": of.bytes,
-                    "average_chunks_per_stream": round(of.chunks / ended, 3),
+        counts = self.sessions
+        with counts.lock:
+            ended, first = max(counts.successful + counts.failed, 1), sorted(counts.first_chunks) or [0]
+            return {**self.health(), "average_response_time": round(counts.response_time / ended, 6),
+                    "start_time": stamp(self.start_time), "total_sessions_created": counts.created,
+                    "total_chunks": counts.chunks, "total_bytes": counts.bytes,
+                    "average_chunks_per_stream": round(counts.chunks / ended, 3),
                     "time_to_first_chunk": {f"p{rank}": first[len(first) * rank // 100] for rank in (50, 95)},
                     "streams": self.streams(), "framework": FRAMEWORK}
 
@@ -2058,13 +2069,13 @@ class Server(ThreadingHTTPServer):
         self.idle.discard(request)
         self.close_request(request)  # a shutdown before it would be one more system call
 
-    def close(self, goes_on: bool) -> None:
+    def close(self, keeps_listening: bool) -> None:
         """Accept no more connections, answer the requests that were sent, and end all turns.
 
-        If another program `goes_on` with the listening socket, new connections wait for it.
+        If the socket `keeps_listening`, new connections wait for the next program.
         """
         self.shutdown()
-        if not goes_on:
+        if not keeps_listening:
             self.server_close()
         self._drain()
         self.sessions.close()
@@ -2107,7 +2118,8 @@ class Watch:
     def has_news(self) -> bool:
         """Whether there is something new to serve. A program that does not start is shown, and not served."""
         before, self.last = self.last, self.look()
-        if self.last in (self.seen, []) or self.last != before or not PROGRAM.exists():  # or is being written
+        is_whole = self.last == before and PROGRAM.exists()  # otherwise it is being written
+        if self.last == self.seen or not is_whole:
             return False
         self.seen = self.last
         import subprocess
@@ -2135,11 +2147,11 @@ def hand_over(server: Server, seen: list, private: str) -> NoReturn:
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 NUMBERS = [  # flag, type, default, lowest, highest, help
     ("--port", int, 8000, 0, 65535, "0 takes a free one"),
-    ("--chunk-words", int, 4, 1, 1_000_000, "words in a chunk at most"),
-    ("--chunk-delay", float, 0.1, 0, 1_000_000, "seconds between chunks at least; 0 turns the pace off"),
-    ("--resume-window", float, 30, 0, 1_000_000, "seconds that a turn goes on without readers"),
-    ("--heartbeat", float, 10, 0.001, 15, "seconds of silence after which a reader gets a ping"),
-    ("--max-connections", int, 1000, 1, 1_000_000, "connections at most, and running turns at most"),
+    ("--chunk-words", int, 4, 1, 1_000_000_000, "words in a chunk at most"),
+    ("--chunk-delay", float, 0.1, 0, 1_000_000_000, "seconds between chunks at least; 0 turns the pace off"),
+    ("--resume-window", float, 30, 0, 1_000_000_000, "seconds that a turn goes on without readers"),
+    ("--heartbeat", float, 10, 1e-9, 15, "seconds of silence after which a reader gets a ping"),
+    ("--max-connections", int, 1000, 1, 1_000_000_000, "connections at most, and running turns at most"),
 ]
 
 
@@ -2223,7 +2235,7 @@ def allowed_connections(wanted: int) -> int:
 
 
 def fail(trouble: str) -> int:
-    """One line on standard error, and the exit status."""
+    """Print one line on standard error, and return the exit status."""
     print(f"{Path(sys.argv[0]).name}: error: {escape(trouble)}", file=sys.stderr)
     return 2
 
@@ -2261,9 +2273,10 @@ def main() -> int:
 def serve(server: Server, watch: Watch | None, private: str) -> NoReturn:
     """Serve until a signal comes, and end the program; or until there is a new program, and run that."""
     signals: list[int] = []
-    for number in SIGNALS:
-        if number in SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda number, frame: signals.append(number))
+    for each in SIGNALS:
+        is_hangup = each not in (signal.SIGINT, signal.SIGTERM)
+        if not is_hangup or signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(each, lambda number, frame: signals.append(number))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     sys.setswitchinterval(0.05)  # seconds; with many streams, the default of 0.005 is mostly switching
@@ -2292,14 +2305,15 @@ def greet(server: Server) -> None:
             "Streaming": "CHUNKED HTTP", "Sessions": sessions, "Status": "READY"}
     if console.pretty:
         console.print(banner(rows))
-        console.print(f"Try: curl -N -d '{{\"message\":\"Hello\"}}' {server.url}/chat/stream")
+        token = ' -H "Authorization: Bearer $STREAMCHAT_TOKEN"' if settings.token else ""
+        console.print(f"Try: curl -N{token} -d '{{\"message\":\"Hello\"}}' {server.url}/chat/stream")
     else:
         console.log("server_started", rows)
     console.print(f"Serving on {server.url}")
 
 
 def say_goodbye(server: Server) -> None:
-    """The statistics."""
+    """Log the statistics."""
     stats = server.stats()
     server.console.log("server_stopped", {
         "Server Uptime": timedelta(seconds=stats["uptime_seconds"]),

@@ -1907,6 +1907,15 @@ class TestCutConnections:
             assert reader.read().lines == lines[:2] + lines[2:-1][after:] + lines[-1:]
             reader.check(after=after)
 
+    @waits
+    def test_a_resume_beyond_what_exists_gets_the_next_chunk_when_it_is_due(self, serve):
+        server = serve("--chunk-delay", "0.4")
+        stream = server.chat("word " * 30, session_id="s")
+        stream.read_until("chunk", 2)
+        late = server.follow("s", after=4).read(2)
+        event = late.read_until("chunk")
+        assert event["chunk_number"] == 5 and time.time() - moment(event["timestamp"]).timestamp() < 0.3
+
     @pytest.mark.parametrize("running", [True, False], ids=["running", "complete"])
     def test_a_retry_follows_the_latest_turn_from_its_first_line(self, server, running):
         request = {"message": "word " * 60, "session_id": new_id(), "turn_id": "t"}
@@ -2225,6 +2234,38 @@ class TestSessionsAndTheOtherEndpoints:
         assert stats["time_to_first_chunk"] == {"p50": 0, "p95": 0}
 
 
+    @waits
+    def test_no_duration_is_negative_when_the_wall_clock_is_set_back(self, serve):
+        setting_back = ("import os, time\nnow = time.time_ns\n"
+                        "time.time_ns = lambda: now() - os.path.exists(os.environ['BACK']) * 5 * 3600 * 10**9\n")
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "sitecustomize.py").write_text(setting_back)
+            back = Path(folder, "back")
+            server = serve("--chunk-delay", "0.01", PYTHONPATH=folder, BACK=str(back))
+            server.turn("Hi", session_id="s")
+            stream = server.chat("word " * 200, session_id="s").read(4)
+            back.touch()
+            assert stream.check().end["processing_time"] > 0.3
+            server.turn("Hi", session_id="s")
+            told, stats = server.session("s"), server.stats()
+            check_fields(told, SESSION)         # none of which is negative
+            check_fields(stats, STATS)
+            assert moment(told["messages"][-1]["timestamp"]) < moment(told["created_at"]), "the clock was not set back"
+            assert told["session_duration_seconds"] >= 0 and stats["time_to_first_chunk"]["p95"] >= 0
+            assert server.get("/sessions")["sessions"][0]["duration_minutes"] >= 0
+
+    def test_titles_are_those_of_rfc_9110(self, fast):
+        """Sections 15.5.14 and 15.5.15, whose titles Python 3.11 and 3.12 do not know yet."""
+        for raw, title in [(request_head("POST /chat/stream HTTP/1.1", "Host: localhost", "Content-Length: 9999999"),
+                            "Content Too Large"), (request_head(long_line(9000)), "URI Too Long")]:
+            [answer] = fast.answers(raw)
+            assert answer.json["title"] == title
+        connection = fast.connect()
+        connection.send(raw)
+        assert connection.take_line() == "HTTP/1.1 414 URI Too Long\r\n"
+        connection.close()
+
+
 # ---- Sessions on disk. STREAMCHAT_KILLS=COUNT or COUNT:SEED kills the server so often, at random moments.
 
 KILLS, _, KILLS_SEED = os.environ.get("STREAMCHAT_KILLS", "4").partition(":")
@@ -2312,14 +2353,14 @@ class Witness:
         self.doubt = session, {"message": f"{new_id()} " + "word " * words, "session_id": session, "turn_id": new_id()}
         self.finish(server)
 
-    def finish(self, server):
-        """Send the turn in doubt, read it to its end, and note it."""
+    def finish(self, server, kept=False):
+        """Send the turn in doubt, read it to its end, and note it. If the server has kept it, this is its old log."""
         session, request = self.doubt
         stream = server.chat(**request)
         self.begun = bool(stream.read(1).lines)
         turn = stream.check(message=request["message"], turn_id=request["turn_id"])
         assert turn.end["type"] == "complete", turn.end
-        assert turn.info["created"] == (session not in self.kept)
+        assert kept or turn.info["created"] == (session not in self.kept)
         said = self.kept.setdefault(session, [])
         if (request["turn_id"], request["message"]) not in said:
             said.append((request["turn_id"], request["message"]))
@@ -2361,7 +2402,7 @@ class Witness:
         assert found is not None or not self.begun, "session_info was read, and there is no session"
         with_it = [*(promised or []), (request["turn_id"], request["message"])]
         assert found in (self.expected(promised), self.expected(with_it)), "not the turns that were complete"
-        self.finish(server)
+        self.finish(server, kept=found == self.expected(with_it))
 
     def history(self, server, session):
         response = server.request("GET", f"/sessions/{session}")
@@ -2497,6 +2538,36 @@ class TestSessionsOnDisk:
             opened = Path(f"/proc/{server.process.pid}/fd").iterdir()
             assert {path.name for path in opened if path.is_file()} == {"1", "2"}, "another file than the log"
             assert os.listdir(folder) == [] and os.listdir(server.output.parent) == [server.output.name]
+
+    @ON_LINUX
+    @waits
+    def test_files_are_for_their_owner_alone(self, serve):
+        with new_file() as file:
+            server = serve(*ON_DISK, "--db", str(file))
+            server.turn("Hi")
+            assert {path.name for path in file.parent.iterdir()} == {
+                "chat.db", "chat.db-lock", "chat.db-shm", "chat.db-wal"}
+            assert {path.stat().st_mode & 0o777 for path in file.parent.iterdir()} == {0o600}
+            end_process(server, "terminate")
+            assert {path.name for path in file.parent.iterdir()} == {"chat.db", "chat.db-lock"}
+
+    @waits
+    def test_a_retry_and_a_resume_are_the_same_bytes_after_a_restart(self, serve):
+        with new_file() as file:
+            flags = ("--log", "off", "--db", str(file))
+            server = serve(*flags)
+            requests = [{"message": text, "session_id": "s", "turn_id": str(number)}
+                        for number, text in enumerate(("one two three four five six", "caf\u00e9 \U0001f600 \u2028"))]
+            streams = [server.chat(**request).read() for request in requests]
+            for how in ("kill", "terminate"):
+                end_process(server, how)
+                server = serve(*flags)
+                assert server.session("s")["latest_turn"] is None
+                assert [server.chat(**request).read().lines for request in requests] == [
+                    stream.lines for stream in streams]
+                latest = streams[-1].lines
+                assert server.follow("s", after=1).read().lines == latest[:2] + latest[3:]
+                assert server.stats()["total_requests"] == 0
 
     @waits
     def test_a_restart_forgets_nothing(self, serve):
@@ -4253,6 +4324,32 @@ VARIABLES = [           # name, environment; path and key of the request
 ]
 
 
+UNREACHABLE = [         # name, environment; the code, and what the message names
+    ("no such port", {"GOOGLE_GEMINI_BASE_URL": "http://127.0.0.1:9"}, "model_cut", "ConnectError"),
+    ("a SOCKS proxy without its package", {"ALL_PROXY": "socks5://127.0.0.1:9"}, "model_error", "ALL_PROXY"),
+    ("a proxy of an unknown kind", {"HTTPS_PROXY": "bogus://127.0.0.1"}, "model_error", "HTTPS_PROXY"),
+    ("a proxy that is not there", {"HTTP_PROXY": "http://127.0.0.1:9"}, "model_error", "HTTP_PROXY"),
+    ("a missing certificate", {"SSL_CERT_FILE": "/nonexistent"}, "model_error", "SSL_CERT_FILE"),
+    ("a file that is no certificate", {"SSL_CERT_FILE": __file__}, "model_error", "SSL_CERT_FILE"),
+    ("no URL", {"GOOGLE_GEMINI_BASE_URL": "localhost"}, "model_error", "GOOGLE_GEMINI_BASE_URL"),
+    ("no login", {"GOOGLE_GENAI_USE_VERTEXAI": "true", "GOOGLE_APPLICATION_CREDENTIALS": "/nonexistent"}, "model_auth",
+     "/nonexistent"),
+]
+
+
+@pytest.fixture(scope="class")
+def unreachable(stand_in):
+    """How a turn ends where these variables are set. They are asked while other tests wait."""
+    def run(more):
+        key = {} if "GOOGLE_GENAI_USE_VERTEXAI" in more else {"GEMINI_API_KEY": KEY}
+        base = {"GOOGLE_GEMINI_BASE_URL": "http://gemini.invalid"} if "HTTP_PROXY" in more else {}
+        without = dict.fromkeys(("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"), "")
+        with running("--chunk-delay", "0", "--model", "gemini-test", **without | key | base | more) as server:
+            return server.chat("hello").check().end
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, more) for name, more, *_ in UNREACHABLE}
+
+
 @pytest.fixture(scope="class")
 def asked(stand_in):
     """The requests of servers with these variables. They start while other tests wait: it takes them seconds."""
@@ -4268,7 +4365,7 @@ def asked(stand_in):
 
 
 @NOT_OURS
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("asked", "unreachable")
 class TestModels:
     """What Gemini does becomes the events of a turn, and a failed turn leaves the history as it was."""
 
@@ -4371,10 +4468,32 @@ class TestModels:
         assert gemini.turn("own" + session, session_id=session).info["model"] == "gemini-other"
         assert stand_in.asked("own" + session)[0].model == "models/gemini-other"
 
-    def test_a_service_that_is_not_there_is_a_cut(self, stand_in):
-        away = {"GOOGLE_GEMINI_BASE_URL": "http://127.0.0.1:9", "GEMINI_API_KEY": KEY}
-        with running("--chunk-delay", "0", "--model", "gemini-test", **away) as server:
-            assert server.chat("hello").check().end["code"] == "model_cut"
+    @cases(UNREACHABLE)
+    def test_a_service_that_cannot_be_reached_says_why(self, unreachable, case):
+        name, _, code, names = case
+        end = unreachable[name].result()
+        assert (end["code"], end["retryable"]) == (code, code == "model_cut"), end
+        assert names in end["message"] and ("Google Cloud" in end["message"]) == (code == "model_auth"), end
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to count threads and descriptors")
+    @pytest.mark.parametrize("case", ["hold before text", "hold after text"])
+    def test_a_stop_closes_the_request_to_the_model_at_once(self, stand_in, case):
+        stand_in.let_go.clear()
+        flags = ("--max-connections", "20", "--model", "gemini-test", "--log", "off")
+        with gemini_server(stand_in, *flags, GEMINI_API_KEY=KEY) as server:
+            folders = [Path(f"/proc/{server.process.pid}", name) for name in ("task", "fd")]
+
+            def visit(session):
+                stream = server.chat(f"case: {case}", session_id=session)
+                stream.read_until("chunk") if "after" in case else stream.read(2)
+                assert server.stop(session) and stream.check().end["finish_reason"] == "cancelled"
+            visit(new_id())
+            time.sleep(0.5)
+            at_first = [len(list(folder.iterdir())) for folder in folders]
+            for _ in range(60):         # three times as many as may run
+                visit(new_id())
+            assert wait_until(lambda: [len(list(folder.iterdir())) for folder in folders] <= at_first, 2)
+        stand_in.let_go.set()
 
     @cases(VARIABLES)
     def test_the_variables_of_google_genai_count(self, asked, case):

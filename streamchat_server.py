@@ -111,11 +111,11 @@ TITLES = {status.value: status.phrase for status in HTTPStatus}
 TITLES |= {413: "Content Too Large", 414: "URI Too Long"}
 
 PROBLEMS = {  # code of a problem: status
-    "bad_request": 400, "invalid_json": 400, "invalid_field": 400, "unauthorized": 401,
-    "forbidden_origin": 403, "forbidden_host": 403, "not_found": 404, "session_not_found": 404,
-    "no_turn": 404, "method_not_allowed": 405, "request_timeout": 408, "session_busy": 409,
-    "session_exists": 409, "turn_id_reused": 409, "length_required": 411, "payload_too_large": 413,
-    "uri_too_long": 414, "unsupported_media_type": 415, "headers_too_large": 431, "internal_error": 500, "not_implemented": 501,
+    "bad_request": 400, "invalid_json": 400, "invalid_field": 400, "unauthorized": 401, "forbidden_host": 403,
+    "forbidden_origin": 403, "not_found": 404, "session_not_found": 404, "no_turn": 404,
+    "method_not_allowed": 405, "request_timeout": 408, "session_busy": 409, "session_exists": 409,
+    "turn_id_reused": 409, "length_required": 411, "payload_too_large": 413, "uri_too_long": 414,
+    "unsupported_media_type": 415, "headers_too_large": 431, "internal_error": 500, "not_implemented": 501,
     "overloaded": 503, "version_not_supported": 505,
 }
 
@@ -1514,11 +1514,34 @@ class Endpoints:
         self.sessions.clear(request.session_id, deletes=True)
         return reply_json({"message": "The session is deleted."})
 
+    def _health(self) -> dict[str, Any]:
+        counts = self.sessions
+        return {"status": "healthy", "model": self.server.settings.model,
+                "uptime_seconds": (clock() - self.server.started) // 1_000_000,
+                "total_requests": counts.successful + counts.failed + len(counts.running),
+                "successful_requests": counts.successful, "failed_requests": counts.failed,
+                "active_sessions": len(counts.sessions), "streaming_connections": len(self.server.streaming)}
+
+    def _streams(self) -> list[dict[str, Any]]:
+        return [{"session_id": turn.session.session_id, "turn_id": turn.turn_id, "started": turn.started,
+                 "chunks": turn.chunks(), "readers": turn.readers, "client": turn.client}
+                for turn in list(self.sessions.running)]
+
     def health(self, request: Request) -> Reply:
-        return reply_json(self.server.health())
+        with self.sessions.lock:
+            return reply_json(self._health())
 
     def stats(self, request: Request) -> Reply:
-        return reply_json(self.server.stats())
+        counts = self.sessions
+        with counts.lock:
+            ended, first = max(counts.successful + counts.failed, 1), sorted(counts.first_chunks) or [0]
+            return reply_json({
+                **self._health(), "average_response_time": round(counts.response_time / ended, 6),
+                "start_time": stamp(self.server.start_time), "total_sessions_created": counts.created,
+                "total_chunks": counts.chunks, "total_bytes": counts.bytes,
+                "average_chunks_per_stream": round(counts.chunks / ended, 3),
+                "time_to_first_chunk": {f"p{rank}": first[len(first) * rank // 100] for rank in (50, 95)},
+                "streams": self._streams(), "framework": FRAMEWORK})
 
     def index(self, request: Request) -> Reply:
         settings = self.server.settings
@@ -1547,7 +1570,7 @@ class Endpoints:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         threads = [f"{names.get(ident, 'connection or turn')}: {frame.f_code.co_qualname}, {frame.f_lineno}"
                    for ident, frame in sys._current_frames().items()]
-        return reply_json({"threads": threads, "running_turns": self.server.streams(), "limits": LIMITS,
+        return reply_json({"threads": threads, "running_turns": self._streams(), "limits": LIMITS,
                            "last_errors": list(self.server.console.errors)})
 
 
@@ -1805,20 +1828,16 @@ class Handler(BaseRequestHandler):
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(1))
-            if self.request not in server.connections:
-                self.turn_away()
+            if self.request not in server.connections:  # process_request() found too many of them
+                self.closes = True
+                self.write_reply(problem(Refused("overloaded", "Too many connections. Try again later.")))
+                self.linger()
             while not self.closes:
                 self.serve_request()
                 server.idle.add(self.request)
         except OSError as error:  # the client left, or made no progress for too long
             reason = type(error).__name__
             server.console.log("client_left", {"Client IP": self.client_address[0], "Reason": reason})
-
-    def turn_away(self) -> None:
-        """There are too many connections: answer 503 and close."""
-        self.closes = True
-        self.write_reply(problem(Refused("overloaded", "Too many connections. Try again in a moment.")))
-        self.linger()
 
     def serve_request(self) -> None:
         """Read one request and answer it."""
@@ -2020,34 +2039,6 @@ class Server(ThreadingHTTPServer):
         token = '-H "Authorization: Bearer $STREAMCHAT_TOKEN" ' if self.settings.token else ""
         return f"curl {token}{f'http://{head.host}' if plain_host else self.url}"
 
-    def health(self) -> dict[str, Any]:
-        """What GET /health answers."""
-        counts = self.sessions
-        with counts.lock:
-            return {"status": "healthy", "model": self.settings.model,
-                    "uptime_seconds": (clock() - self.started) // 1_000_000,
-                    "total_requests": counts.successful + counts.failed + len(counts.running),
-                    "successful_requests": counts.successful, "failed_requests": counts.failed,
-                    "active_sessions": len(counts.sessions), "streaming_connections": len(self.streaming)}
-
-    def stats(self) -> dict[str, Any]:
-        """What GET /stats answers."""
-        counts = self.sessions
-        with counts.lock:
-            ended, first = max(counts.successful + counts.failed, 1), sorted(counts.first_chunks) or [0]
-            return {**self.health(), "average_response_time": round(counts.response_time / ended, 6),
-                    "start_time": stamp(self.start_time), "total_sessions_created": counts.created,
-                    "total_chunks": counts.chunks, "total_bytes": counts.bytes,
-                    "average_chunks_per_stream": round(counts.chunks / ended, 3),
-                    "time_to_first_chunk": {f"p{rank}": first[len(first) * rank // 100] for rank in (50, 95)},
-                    "streams": self.streams(), "framework": FRAMEWORK}
-
-    def streams(self) -> list[dict[str, Any]]:
-        """The running turns."""
-        return [{"session_id": turn.session.session_id, "turn_id": turn.turn_id, "started": turn.started,
-                 "chunks": turn.chunks(), "readers": turn.readers, "client": turn.client}
-                for turn in list(self.sessions.running)]
-
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return super().get_request()
@@ -2058,7 +2049,7 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread. Thread.start() would wait until it runs."""
         if len(self.connections) < self.settings.max_connections:
-            self.connections.add(request)  # otherwise the handler turns it away
+            self.connections.add(request)  # otherwise the handler answers 503
         try:
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError:  # the system has no thread left
@@ -2314,14 +2305,13 @@ def greet(server: Server) -> None:
 
 def say_goodbye(server: Server) -> None:
     """Log the statistics."""
-    stats = server.stats()
+    counts, seconds = server.sessions, (clock() - server.started) // 1_000_000
+    ended = counts.successful + counts.failed
     server.console.log("server_stopped", {
-        "Server Uptime": timedelta(seconds=stats["uptime_seconds"]),
-        "Total Requests": stats["total_requests"],
-        "Successful": stats["successful_requests"], "Failed": stats["failed_requests"],
-        "Active Sessions": stats["active_sessions"],
-        "Total Sessions Created": stats["total_sessions_created"], "Total Chunks": stats["total_chunks"],
-        "Avg Response Time": f"{stats['average_response_time']:.3f}s"})
+        "Server Uptime": timedelta(seconds=seconds), "Total Requests": ended, "Successful": counts.successful,
+        "Failed": counts.failed, "Active Sessions": len(counts.sessions),
+        "Total Sessions Created": counts.created, "Total Chunks": counts.chunks,
+        "Avg Response Time": f"{counts.response_time / max(ended, 1):.3f}s"})
 
 
 if __name__ == "__main__":

@@ -2886,7 +2886,8 @@ BAD_HEADS = [           # name, bytes, status, code. What follows on the connect
         "http:health", "http://", "http:///health", "http://:80/health", "http://x@localhost/health",
         "http://localhost:x/health", "http://localhost:123456/health", "http://[::1/health", "http://localhost#x",
         "ftp://localhost/health", "file:///health", "ws://localhost/health", "javascript:alert(1)")),
-    *map(bad_line, ("POST * HTTP/1.1", "OPTIONS * HTTP/1.1", "CONNECT localhost:80 HTTP/1.1", "OPTIONS ** HTTP/1.1", "OPTIONS localhost:80 HTTP/1.1")),
+    *map(bad_line, ("POST * HTTP/1.1", "OPTIONS * HTTP/1.1", "CONNECT localhost:80 HTTP/1.1",
+                    "OPTIONS ** HTTP/1.1", "OPTIONS localhost:80 HTTP/1.1")),
     bad_host(),
     bad_host("Host: localhost", "Host: localhost"),
     bad_host("Host: localhost", "X: x", "HOST: example.com"),
@@ -3362,7 +3363,8 @@ READABLE = [            # status; method, path and field lines; body
     (200, ("GET", "/stats", BEARER), None), (200, ("POST", "/chat/stream", BEARER), {"message": "Hi"}),
     (200, ("HEAD", "/health"), None), (400, ("POST", "/chat/stream", BEARER), b"{"), (401, ("GET", "/stats"), None),
     (401, ("POST", "/chat/stream"), {"message": "Hi"}), (404, ("GET", "/nope", BEARER), None),
-    (405, ("PUT", "/health"), None), (405, ("BREW", "/health"), None), (411, ("POST", "/chat/stream", BEARER, "Transfer-Encoding: chunked"), None),
+    (405, ("PUT", "/health"), None), (405, ("BREW", "/health"), None),
+    (411, ("POST", "/chat/stream", BEARER, "Transfer-Encoding: chunked"), None),
     (413, ("POST", "/chat/stream", BEARER, "Content-Length: 9999999"), None), (204, ("OPTIONS", "/chat/stream"), None),
 ]
 HOSTILE_PAGE = b"""<!DOCTYPE html><iframe name="frame"></iframe>
@@ -4605,7 +4607,8 @@ class TestModelsOfYourOwn:
             assert wait_until(lambda: "SECRET" in server.log())
         os.truncate(server.output, 0)       # a traceback is right there, and nowhere else
 
-    @pytest.mark.parametrize("name", ["nothing:model", "test_protocol:nothing", "test_protocol:not_a_function", ":", "x:"])
+    @pytest.mark.parametrize("name", ["nothing:model", "test_protocol:nothing", "test_protocol:not_a_function", ":",
+                                      "x:"])
     @waits
     def test_what_cannot_be_imported_is_refused_in_one_line(self, name):
         said = TestRunIt().refuse("--port", "0", "--model", name, PYTHONPATH=self.PATH)

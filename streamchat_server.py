@@ -470,14 +470,20 @@ class Sessions:
 
     def _add(self, session_id: str, model: str) -> Session:
         self._check_open()
-        if len(self.sessions) >= LIMITS["sessions"]:
-            raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one of them.")
         now = wall_clock()
         session = Session(session_id, model, now, now)
-        if self.database:
-            self.database.add_session(session)
         with self.lock:
+            if len(self.sessions) >= LIMITS["sessions"]:
+                raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one of them.")
             self.sessions[session_id] = session
+        try:
+            if self.database:
+                self.database.add_session(session)
+        except DatabaseError:
+            with self.lock:
+                del self.sessions[session_id]
+            raise
+        with self.lock:
             self.created += 1
         return session
 
@@ -658,6 +664,7 @@ def run_model(turn: Turn, history: list[Message], words: int) -> Outcome:
     except Failure as failure:
         return failure
     except BaseException as error:  # sys.exit() in a model ends only its turn
+        close_model(turn)
         bug = Failure("model_error")
         bug.__cause__ = error
         return bug
@@ -903,8 +910,10 @@ class Database:
     def __init__(self, file: str) -> None:
         import sqlite3  # not loaded without --db
 
-        self.path, self.lock = Path(file).resolve(), threading.Lock()
+        self.path, self.lock = Path(os.path.realpath(file)), threading.Lock()
         try:
+            if os.path.lexists(self.path) and not self.path.is_file():
+                raise OSError("it is not a file")
             # The lock is on a file of its own, so that others can read this one. It ends with the process.
             self.owner = self._connect(f"{self.path}-lock")
             self.owner.execute("PRAGMA journal_mode = MEMORY")  # otherwise SQLite makes one more file
@@ -930,11 +939,13 @@ class Database:
 
     def _make(self) -> None:
         """Make the file under another name first, so that a kill never leaves a half-made one."""
-        new = Path(f"{self.path}-new")
-        new.unlink(missing_ok=True)
+        from tempfile import mkstemp
+
+        handle, new = mkstemp(prefix=f"{self.path.name}-", dir=self.path.parent)
+        os.close(handle)
         with closing(self._connect(new)) as connection:
             connection.executescript(SCHEMA)
-        new.replace(self.path)
+        os.replace(new, self.path)
 
     def _read(self, mode: str) -> dict[str, Session]:
         """All sessions, by a connection that changes nothing: the file may be another program's."""
@@ -959,6 +970,8 @@ class Database:
             rows = found.execute("SELECT session_id, turn_id, message, answer, started, ended, log "
                                  "FROM turns ORDER BY rowid")
             for session_id, *turn in rows:
+                if session_id not in sessions:
+                    raise OSError("it is damaged (a turn has no session)")
                 sessions[session_id].history.append(KeptTurn(*turn))
         return sessions
 
@@ -1097,7 +1110,8 @@ class Console:
 
     def trouble(self, error: BaseException) -> None:
         """Log an error that somebody must fix, on standard error in every mode. A bug has its traceback."""
-        lines = [plain("trouble", {"Error": f"{type(error).__name__}: {error}"}, wall_clock())]
+        said = traceback.format_exception_only(error)[-1].strip()
+        lines = [plain("trouble", {"Error": said}, wall_clock())]
         self.errors.append(lines[0])
         if not isinstance(error, DatabaseError):
             lines += map(escape, "".join(traceback.format_exception(error)).splitlines())
@@ -2115,9 +2129,9 @@ class Watch:
         self.seen = self.last
         import subprocess
 
-        command = [sys.executable, str(PROGRAM), "--help"]
+        command, trial = [sys.executable, *sys.orig_argv[1:]], {"STREAMCHAT_RELOADED": '{"trial": true}'}
         try:
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=10)  # shows its errors
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | trial, timeout=10)
         except (OSError, subprocess.SubprocessError):
             print("The new program does not start. The old one goes on.", file=sys.stderr, flush=True)
             return False
@@ -2241,6 +2255,9 @@ def main() -> int:
     if trouble := start_problem(settings):
         return fail(trouble)
     host, port, private = settings.host, settings.port, reloaded.get("private", "")
+    if "trial" in reloaded:  # has_news() asks whether this program starts with these flags
+        Server(socket.create_server(("127.0.0.1", 0)), settings, None)
+        return 0
     try:
         if reloaded:
             listening = socket.socket(fileno=reloaded["socket"])

@@ -2500,6 +2500,8 @@ REFUSED_FILES = [       # name, what is done to a good file
     ("a text", lambda file: file.write_text("Dear diary,\n" * 1000)),
     ("one letter", lambda file: file.write_text("x")),
     ("a folder", replace_by_folder),
+    ("a link to itself", lambda file: (file.unlink(), file.symlink_to(file))),
+    ("a turn without its session", lambda file: changed(file, "DELETE FROM sessions")),
     ("a missing folder", lambda file: shutil.rmtree(file.parent)),
     ("a newer schema", lambda file: changed(file, "PRAGMA user_version = 99")),
     ("version 1 of this program", lambda file: changed(file, "PRAGMA user_version = 1")),
@@ -3914,14 +3916,18 @@ class TestReload:
             wait_for_version(server, "new")
 
     @waits
-    def test_a_program_that_fails_at_import_is_shown_and_the_old_server_runs_on(self, serve):
+    def test_a_program_that_does_not_start_is_shown_and_the_old_one_goes_on(self, serve):
         with reloading(serve) as (server, program):
             before = server.stats()["start_time"]
-            set_version(program, "unknown")
-            assert wait_until(lambda: "NameError: name 'unknown'" in server.log())
-            os.truncate(server.output, 0)       # there was a traceback, and there may not be another one
-            assert server.turn("Hi").end["message_count"] == 2
-            assert server.stats()["start_time"] == before
+            good = program.read_text("utf-8")
+            for changed in (("VERSION = ", "VERSION = unknown or "), ("= parse_arguments()", "= unknown")):
+                save(program, good.replace(*changed, 1))
+                assert wait_until(lambda: "The old one goes on" in server.log())
+                assert "NameError: name 'unknown'" in server.log()
+                os.truncate(server.output, 0)       # there was a traceback, and there may not be another one
+                assert server.turn("Hi").end["message_count"] == 2
+                assert server.stats()["start_time"] == before
+            save(program, good)
             set_version(program, '"new"')
             wait_for_version(server, "new")
 
@@ -4558,8 +4564,21 @@ def leaves(history):
     yield ""
 
 
-def yields_numbers(history):
-    yield 5
+class Numbers(Waiting):
+    """Yields what is not a string."""
+
+    def __iter__(self):
+        yield 5
+
+
+class EvilError(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+def raises_evil(history):
+    raise EvilError
+    yield ""
 
 
 not_a_function = 5
@@ -4596,7 +4615,7 @@ class TestModelsOfYourOwn:
                 process.communicate()
 
     @pytest.mark.parametrize("name, text, told", [
-        ("no_text", "", "stop"), ("fails", "Half an ", ""), ("leaves", "", ""), ("yields_numbers", "", "")])
+        ("no_text", "", "stop"), ("fails", "Half an ", ""), ("leaves", "", ""), ("raises_evil", "", "")])
     @waits
     def test_what_goes_wrong_in_it_is_a_model_error_and_only_the_log_has_details(self, serve, name, text, told):
         server = self.serve_model(serve, name)
@@ -4606,6 +4625,15 @@ class TestModelsOfYourOwn:
         if name in ("fails", "leaves"):
             assert wait_until(lambda: "SECRET" in server.log())
         os.truncate(server.output, 0)       # a traceback is right there, and nowhere else
+
+    @waits
+    def test_one_that_yields_no_strings_is_closed(self, serve):
+        server = self.serve_model(serve, "Numbers")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "state")
+            assert server.chat(str(file)).check().end["code"] == "model_error"
+            assert wait_until(lambda: file.read_text() == "closed")
+        os.truncate(server.output, 0)       # a traceback is right there
 
     @pytest.mark.parametrize("name", ["nothing:model", "test_protocol:nothing", "test_protocol:not_a_function", ":",
                                       "x:"])

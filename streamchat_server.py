@@ -1160,6 +1160,8 @@ class Console:
             rows.pop("Turn", None)
             if "Session" in rows:
                 rows["Session"] = fit(rows["Session"], 11).rstrip()
+            if "Message" in rows:
+                rows["Message"] = f'"{fit(rows["Message"], WIDTH - 14).rstrip()}"'
             text = f"\n{box(f'{title} [{time_of_day}]', rows)}\n{detail}".rstrip()
         else:
             words = ", ".join(f"{name}: {value}" for name, value in rows.items())
@@ -2184,21 +2186,21 @@ def shaped(pattern: str, shape: str, change: Callable[[str], str]) -> Callable[[
 def parse_arguments() -> argparse.Namespace:
     """The settings. A bad flag ends the program with status 2."""
     parser = argparse.ArgumentParser(
-        description="Chat with a language model over plain HTTP/1.1, streamed as newline-delimited JSON.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Chat with a language model over plain HTTP/1.1, streamed as newline-delimited JSON.")
     option, origin = parser.add_argument, f"null|[a-z][a-z0-9+.-]*://{HOST.pattern}"
     default_model = DEFAULT_GEMINI if gemini_keys() or gemini_on_vertex() else "offline"
-    option("--host", default="127.0.0.1", help="address to listen on")
+    option("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     option("--model", default=os.environ.get("GENAI_MODEL_ID") or default_model,
-           help="offline, the name of a Gemini model, or MODULE:FUNCTION of your own")
+           help="offline, a Gemini model, or MODULE:FUNCTION of your own (default: %(default)s)")
     for flag, kind, default, low, high, text in NUMBERS:
-        option(flag, type=number(kind, low, high), default=default, metavar=kind.__name__.upper(), help=text)
+        option(flag, type=number(kind, low, high), default=default, metavar="N",
+               help=f"{text} (default: %(default)s)")
     option("--db", metavar="FILE", help="keep sessions in this file, which is made if it is missing")
     option("--reload", action="store_true", help="restart, with the sessions, when the program changes")
     option("--debug", action="store_true", help="serve /debug")
     option("--token", type=shaped(r"[!-~]+", "printable ASCII without spaces", str),
-           default=os.environ.get("STREAMCHAT_TOKEN") or None,  # shown in no characters (.0)
-           help="serve only clients that send it as a bearer token (default: STREAMCHAT_TOKEN)%(default).0s")
+           default=os.environ.get("STREAMCHAT_TOKEN") or None,
+           help="serve only clients that send it as a bearer token (default: STREAMCHAT_TOKEN)")
     option("--allow-host", metavar="HOST", type=shaped(HOST.pattern, "a host name or address", host_name),
            action="append", default=[], help="answer to this host name, too; may be repeated")
     option("--allow-origin", metavar="ORIGIN", type=shaped(origin, "SCHEME://HOST[:PORT]", str.lower),

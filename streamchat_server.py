@@ -383,14 +383,15 @@ class KeptTurn(NamedTuple):
     started: str  # timestamps
     ended: str
     log: bytes  # its lines, compressed
+    state: str = "complete"
 
-    def lines(self) -> list[bytes]:
-        """The log."""
-        return zlib.decompress(self.log).splitlines(keepends=True)
+    def chunks(self) -> int:
+        """The same as Turn.chunks()."""
+        return zlib.decompress(self.log).count(b"\n") - OPENING - 1
 
     def follow(self, after: int, heartbeat: float) -> Generator[list[bytes]]:
         """The same as Turn.follow(); all lines are due."""
-        lines = self.lines()
+        lines = zlib.decompress(self.log).splitlines(keepends=True)
         yield lines[:OPENING] + lines[OPENING + after : -1] + lines[-1:]
 
 
@@ -998,7 +999,7 @@ class Database:
 
     def add_turn(self, session_id: str, turn: KeptTurn, now: int) -> None:
         """Insert a turn. `now` is the session's last activity, in microseconds since 1970."""
-        self._write(("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?)", (session_id, *turn)),
+        self._write(("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?)", (session_id, *turn[:6])),
                     ("UPDATE sessions SET last_activity = ? WHERE session_id = ?", (now, session_id)))
 
     def clear(self, session_id: str, deletes: bool, now: int) -> None:
@@ -1509,15 +1510,9 @@ class Endpoints:
         session = self.sessions.get(request.session_id)
         with self.sessions.lock:
             told, messages, turn = summary(session), session.messages(), session.latest
-        latest: dict[str, Any] | None = None
-        if turn:
-            state = "complete"
-            if isinstance(turn, Turn):
-                state, chunks = turn.state, turn.chunks()
-            else:
-                chunks = len(turn.lines()) - OPENING - 1
-            latest = {"turn_id": turn.turn_id, "state": state, "message": turn.message,
-                      "started": turn.started, "chunks": chunks}
+        latest = turn and {
+            "turn_id": turn.turn_id, "state": "running" if told["streaming"] else turn.state,
+            "message": turn.message, "started": turn.started, "chunks": turn.chunks()}
         return reply_json({**told, "user_messages": len(messages) // 2, "model_messages": len(messages) // 2,
                            "session_duration_seconds": round(age(session), 3),
                            "messages": [message._asdict() for message in messages], "latest_turn": latest})
@@ -1705,17 +1700,6 @@ SESSION_PATH = re.compile(r"/sessions/(?!new$)([^/]+)(/[^/]+)?")
 Paths = dict[str, dict[str, Route]]  # path: {method: route}
 
 
-def make_paths(routes: list[Route]) -> Paths:
-    """The routes by path and method."""
-    paths: Paths = {}
-    for route in routes:
-        methods = paths.setdefault(route.path, {})
-        methods[route.method] = route
-        if route.method == "GET":
-            methods["HEAD"] = route
-    return paths
-
-
 def find_routes(paths: Paths, method: str, path: str) -> tuple[dict[str, Route], str]:
     """The routes at a path by method, and the session_id in the path.
 
@@ -1804,6 +1788,7 @@ def describe_route(route: Route) -> dict[str, Any]:
 # ---- handler and server: read, check, route, write. The only room that touches a socket. -----------------
 
 TERMINAL = (b'{"type":"complete"', b'{"type":"error"')
+date = lru_cache(2)(formatdate)  # RFC 9110, section 6.6.1
 
 
 def socket_timeout(seconds: int) -> bytes:
@@ -1811,15 +1796,9 @@ def socket_timeout(seconds: int) -> bytes:
     return struct.pack("L", 1000 * seconds) if os.name == "nt" else struct.pack("ll", seconds, 0)
 
 
-@lru_cache(2)
-def date(second: int) -> str:
-    """RFC 9110, section 6.6.1."""
-    return formatdate(second, usegmt=True)
-
-
 def response_head(status: int, fields: dict[str, str], closes: bool) -> bytes:
     """Status line and fields (RFC 9112, section 4)."""
-    lines = [f"HTTP/1.1 {status} {TITLES[status]}", f"Date: {date(int(time.time()))}"]
+    lines = [f"HTTP/1.1 {status} {TITLES[status]}", f"Date: {date(int(time.time()), usegmt=True)}"]
     lines += [f"{name}: {value}" for name, value in fields.items()]
     connection = "close" if closes else "keep-alive"
     lines += ["X-Content-Type-Options: nosniff", f"Connection: {connection}", "", ""]
@@ -2032,7 +2011,10 @@ class Server(ThreadingHTTPServer):
         self.settings, self.database = settings, database
         self.start_time, self.started = wall_clock(), clock()
         self.routes = [route for route in ROUTES if settings.debug or route.name != "debug"]
-        self.paths = make_paths(self.routes)
+        self.paths: Paths = {}
+        for route in self.routes:
+            methods = [route.method, "HEAD"] if route.method == "GET" else [route.method]
+            self.paths.setdefault(route.path, {}).update(dict.fromkeys(methods, route))
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()  # connections that wait for another request
         self.streaming: set[Handler] = set()  # connections that are being sent a stream

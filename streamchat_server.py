@@ -43,6 +43,15 @@ sends its lines. A retry, a resume and a second reader follow the same turn.
 
 from __future__ import annotations
 
+import sys
+
+if not {"ssl", "http.client"} & sys.modules.keys():
+    # http.server loads http.client, which would load OpenSSL: a sixth of this server's memory, for nothing. What
+    # needs it later (Gemini, a model of yours) loads both whole.
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+    __import__("http.server")
+    del sys.modules["ssl"], sys.modules["http.client"]
+
 import _thread
 import argparse
 import json
@@ -51,7 +60,6 @@ import re
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback

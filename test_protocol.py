@@ -4604,7 +4604,8 @@ class TestModelsOfYourOwn:
     @waits
     def test_it_is_found_in_the_current_folder(self, serve):
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
-            Path(folder, "mine.py").write_text("def model(history):\n    yield 'mine'\n")
+            https = "import http.client, urllib.request\nhttp.client.HTTPSConnection, urllib.request.HTTPSHandler\n"
+            Path(folder, "mine.py").write_text(https + "def model(history):\n    yield 'mine'\n")
             command = [sys.executable, str(SERVER), "--port", "0", "--model", "mine:model"]
             process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=output)
             try:

@@ -46,8 +46,8 @@ from __future__ import annotations
 import sys
 
 if not {"ssl", "http.client"} & sys.modules.keys():
-    # http.server loads http.client, which would load OpenSSL: a sixth of this server's memory, for nothing. What
-    # needs it later (Gemini, a model of yours) loads both whole.
+    # http.server loads http.client, which would load OpenSSL: a sixth of this server's memory, for nothing.
+    # A model that needs it later loads both again.
     sys.modules["ssl"] = None  # type: ignore[assignment]
     __import__("http.server")
     del sys.modules["ssl"], sys.modules["http.client"]

@@ -75,6 +75,7 @@ from email.utils import formatdate
 from functools import cache, lru_cache
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
+from importlib import import_module
 from ipaddress import IPv6Address, ip_address
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -722,18 +723,6 @@ def model_problem(model_id: str) -> str | None:
     return f"{model_id} needs google-genai: pip install google-genai, or use --model offline."
 
 
-def import_function(name: str) -> None:
-    """Put the function that MODULE:FUNCTION names into FUNCTIONS. Raises whatever its import raises."""
-    from importlib import import_module
-
-    module, _, function = name.partition(":")
-    sys.path.append(os.getcwd())
-    found = getattr(import_module(module), function)
-    if not callable(found):
-        raise TypeError("it is not a function")
-    FUNCTIONS[name] = found
-
-
 def offline(history: list[Message]) -> Iterator[str]:
     """A model that needs no key: it repeats the message and says how many messages came before it."""
     before = len(history) - 1
@@ -815,7 +804,8 @@ class GeminiAnswer:
         stream = await client.aio.models.generate_content_stream(model=model_id, contents=contents)
         async for response in stream:
             self.items.put(response.text or "")
-            usage, word = gemini_usage(response) or usage, gemini_word(response) or word
+            latest_word, latest_usage = gemini_end(response)
+            word, usage = latest_word or word, latest_usage or usage
         if not word:
             return Failure("model_cut", f"{model_id}: The answer ended without a finish reason.")
         return Finish(FINISH_REASONS.get(word, "other"), usage, word)
@@ -845,23 +835,22 @@ def gemini_client() -> Any:
     return genai.Client(http_options=options)
 
 
-def gemini_word(response: Any) -> str:
-    """Why the answer ends, in Gemini's word, or "". It may come with any response; the last one counts."""
-    if response.prompt_feedback and response.prompt_feedback.block_reason:
-        return response.prompt_feedback.block_reason.value
-    word = response.candidates[0].finish_reason if response.candidates else None
-    return "" if word in (None, "FINISH_REASON_UNSPECIFIED") else word.value
+def gemini_end(response: Any) -> tuple[str, dict[str, int] | None]:
+    """Why the answer ends, in Gemini's word or "", and the token counts so far. Thoughts count as output.
 
-
-def gemini_usage(response: Any) -> dict[str, int] | None:
-    """Token counts so far, as `complete` reports them. Thoughts are paid for as output."""
-    usage = response.usage_metadata
-    if not usage:
-        return None
-    given = usage.prompt_token_count or 0
-    written = (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0)
-    total = usage.total_token_count or given + written
-    return {"input_tokens": given, "output_tokens": written, "total_tokens": total}
+    They may come with any response; the last ones count.
+    """
+    feedback, found = response.prompt_feedback, response.usage_metadata
+    word = feedback.block_reason if feedback else None
+    if not word and response.candidates:
+        word = response.candidates[0].finish_reason
+    usage = None
+    if found:
+        given = found.prompt_token_count or 0
+        written = (found.candidates_token_count or 0) + (found.thoughts_token_count or 0)
+        usage = {"input_tokens": given, "output_tokens": written,
+                 "total_tokens": found.total_token_count or given + written}
+    return "" if word in (None, "FINISH_REASON_UNSPECIFIED") else word.value, usage
 
 
 def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
@@ -1320,7 +1309,7 @@ class Head:
                           "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
 
 
-def read_head(received: bytearray, known: int) -> tuple[Head, int] | None:
+def find_head(received: bytearray, known: int) -> tuple[Head, int] | None:
     """The head that `received` begins with, and its size; None if more of it must come. Raises Refused.
 
     A head is judged when it is whole. Only control characters, a bare CR or LF and a length above the limits
@@ -1885,22 +1874,18 @@ class Handler(BaseRequestHandler):
         head.check_body(takes is not None, server.curl)
         body = self.read_body(head) if head.has_body else b""
         if route is None:
-            return self.options([*routes, "OPTIONS"])
+            allow = ", ".join([*routes, "OPTIONS"])
+            preflight = {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600",
+                         "Access-Control-Allow-Headers": "Authorization, Content-Type"}
+            return Reply(204, {"Allow": allow, **(preflight if self.cors else {})})
         fields = parse_json(body) if takes and (body or takes["required"]) else {}
         request = Request(head, session_id, fields, self.client_address[0])
         return getattr(server.endpoints, route.name)(request)
 
-    def options(self, methods: list[str]) -> Reply:
-        """Also the answer to a preflight, if the page's origin is allowed."""
-        allow = ", ".join(methods)
-        preflight = {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600",
-                     "Access-Control-Allow-Headers": "Authorization, Content-Type"}
-        return Reply(204, {"Allow": allow, **(preflight if self.cors else {})})
-
     def read_head(self) -> Head | None:
         """The next head; None if the connection ends or stays idle. Empty lines before it are idle time."""
         begun, known, end = False, 0, time.monotonic() + LIMITS["idle"]
-        while not self.received or not (found := read_head(self.received, known)):
+        while not self.received or not (found := find_head(self.received, known)):
             if not begun and self.received.strip(b"\r\n"):
                 begun, end = True, time.monotonic() + LIMITS["head_time"]
                 self.server.idle.discard(self.request)
@@ -2147,63 +2132,62 @@ NUMBERS = [  # flag, type, default, lowest, highest, help
     ("--chunk-words", int, 4, 1, 1_000_000_000, "words in a chunk at most"),
     ("--chunk-delay", float, 0.1, 0, 1_000_000_000, "seconds between chunks at least; 0 turns the pace off"),
     ("--resume-window", float, 30, 0, 1_000_000_000, "seconds that a turn goes on without readers"),
-    ("--heartbeat", float, 10, 1e-9, 15, "seconds of silence after which a reader gets a ping"),
+    ("--heartbeat", float, 10, 0.000001, 15, "seconds of silence after which a reader gets a ping"),
     ("--max-connections", int, 1000, 1, 1_000_000_000, "connections at most, and running turns at most"),
 ]
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
-    """A type for argparse: a number from `low` to `high`."""
-    def parse(text: str) -> Any:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:,} to {high:,}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse names it in its error
-    return parse
-
-
-def shaped(pattern: str, shape: str, change: Callable[[str], str]) -> Callable[[str], str]:
-    """A type for argparse: a text that matches the pattern. It is not repeated, since it may be a secret."""
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII):
-            raise argparse.ArgumentTypeError(f"must be {shape}")
-        return change(text)
-
-    return parse
+SHAPES = [  # flag, pattern, what it must be
+    ("--token", r"[!-~]+", "printable ASCII without spaces"),
+    ("--allow-host", HOST.pattern, "a host name or address"),
+    ("--allow-origin", f"null|[a-z][a-z0-9+.-]*://{HOST.pattern}", "SCHEME://HOST[:PORT]"),
+]
 
 
 def parse_arguments() -> argparse.Namespace:
     """The settings. A bad flag ends the program with status 2."""
     parser = argparse.ArgumentParser(
         description="Chat with a language model over plain HTTP/1.1, streamed as newline-delimited JSON.")
-    option, origin = parser.add_argument, f"null|[a-z][a-z0-9+.-]*://{HOST.pattern}"
+    option = parser.add_argument
     default_model = DEFAULT_GEMINI if gemini_keys() or gemini_on_vertex() else "offline"
     option("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     option("--model", default=os.environ.get("GENAI_MODEL_ID") or default_model,
            help="offline, a Gemini model, or MODULE:FUNCTION of your own (default: %(default)s)")
-    for flag, kind, default, low, high, text in NUMBERS:
-        option(flag, type=number(kind, low, high), default=default, metavar="N",
-               help=f"{text} (default: %(default)s)")
+    for flag, kind, default, _, _, text in NUMBERS:
+        option(flag, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     option("--db", metavar="FILE", help="keep sessions in this file, which is made if it is missing")
     option("--reload", action="store_true", help="restart, with the sessions, when the program changes")
     option("--debug", action="store_true", help="serve /debug")
-    option("--token", type=shaped(r"[!-~]+", "printable ASCII without spaces", str),
-           default=os.environ.get("STREAMCHAT_TOKEN") or None,
+    option("--token", default=os.environ.get("STREAMCHAT_TOKEN") or None,
            help="serve only clients that send it as a bearer token (default: STREAMCHAT_TOKEN)")
-    option("--allow-host", metavar="HOST", type=shaped(HOST.pattern, "a host name or address", host_name),
-           action="append", default=[], help="answer to this host name, too; may be repeated")
-    option("--allow-origin", metavar="ORIGIN", type=shaped(origin, "SCHEME://HOST[:PORT]", str.lower),
-           action="append", default=[], help="let pages of this origin in, too; may be repeated")
+    option("--allow-host", metavar="HOST", action="append", default=[],
+           help="answer to this host name, too; may be repeated")
+    option("--allow-origin", metavar="ORIGIN", action="append", default=[],
+           help="let pages of this origin in, too; may be repeated")
     option("--log", choices=["full", "brief", "off"], default="full", help="brief logs no texts")
-    return parser.parse_args()
+    settings = parser.parse_args()
+    for flag, _, _, low, high, _ in NUMBERS:
+        if not low <= getattr(settings, flag[2:].replace("-", "_")) <= high:
+            parser.error(f"argument {flag}: must be from {low:,} to {high:,}")
+    for flag, pattern, shape in SHAPES:
+        given = getattr(settings, flag[2:].replace("-", "_"))
+        for text in given if isinstance(given, list) else [given]:
+            if text is not None and not re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII):
+                parser.error(f"argument {flag}: must be {shape}")  # the text may be a secret
+    settings.allow_host = [host_name(host) for host in settings.allow_host]
+    settings.allow_origin = [origin.lower() for origin in settings.allow_origin]
+    return settings
 
 
 def start_problem(settings: argparse.Namespace) -> str | None:
     """Why the server must not start with these settings, as a sentence, or None."""
-    if ":" in settings.model:
+    module, colon, function = settings.model.partition(":")
+    if colon:
+        sys.path.append(os.getcwd())
         try:
-            import_function(settings.model)
+            FUNCTIONS[settings.model] = getattr(import_module(module), function)
+            if not callable(FUNCTIONS[settings.model]):
+                raise TypeError("it is not a function")
         except Exception as error:
             return f"cannot import {settings.model} ({error!r}). Correct --model, or use --model offline."
     if trouble := model_problem(settings.model):

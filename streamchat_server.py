@@ -220,20 +220,23 @@ class Turn:
     """One user message and its answer, as a log of lines.
 
     Each line has a moment, in microseconds of clock(), at which it is due: no reader gets it before. Chunks
-    are due one after the other, at the pace of --chunk-delay. So the model may run ahead, and a stop drops
-    the lines that are not due. When the model ends and its last chunk is not due, that chunk is held back
-    until it is, and then sent as the final one. If it was due before, an empty final chunk follows.
+    are due one after the other, at the pace of --chunk-delay. So the model may run ahead, no thread sleeps
+    between two chunks, and a stop drops the lines that are not due. When the model is done and its last chunk
+    is not due, that chunk is held back until it is: then a reader ends the turn, and the chunk is sent as the
+    final one. If it was due before, an empty final chunk follows.
     """
 
-    def __init__(self, session: Session, turn_id: str, message: str, created: bool, delay: float,
-                 client: str) -> None:
-        """`delay` is the pace in seconds, `client` the address that sent the POST."""
+    def __init__(self, session: Session, turn_id: str, message: str, created: bool, client: str,
+                 sessions: Sessions) -> None:
+        """`created` is whether this turn made the session, `client` the address that sent the POST."""
         self.session, self.turn_id, self.message, self.client = session, turn_id, message, client
-        self.context_messages, self.delay = 2 * len(session.history), round(delay * 1e6)
+        self.sessions, self.delay = sessions, round(sessions.settings.chunk_delay * 1e6)
+        self.context_messages = 2 * len(session.history)
         self.changed = threading.Condition()  # guards what follows, and wakes readers
         self.state = "running"  # then "complete" or "failed"
         self.is_ending = False  # no more chunks are taken
         self.began = clock()
+        self.ended = self.began
         self.epoch = wall_clock() - self.began  # one for the turn, so that a step of the clock never shows
         self.started = self.timestamp(self.began)
         self.texts: list[str] = []  # of each chunk
@@ -242,9 +245,11 @@ class Turn:
                    created=created, timestamp=self.started),
             encode(type="status", message="Generating response...", context_messages=self.context_messages)]
         self.moments = [self.began] * OPENING  # of each line, ascending
-        self.held = ""  # the last chunk, while it is held back
         self.heard: int | None = self.began  # the model's last sign of life; None when it is done
         self.pieces: Any = None  # the model's iterator, while it runs
+        self.outcome: Outcome = STOPPED  # how the model ended, if the turn waits for its pace
+        self.ends_at: int | None = None  # when that turn is to end
+        self.held = ""  # its last chunk
         self.readers = 0
         self.deserted: int | None = None  # when the last reader left
         self.logged = 0  # chunks that the console has shown
@@ -272,34 +277,31 @@ class Turn:
                 moment += self.delay
             self.changed.notify_all()
 
-    def wait_for_pace(self, hold: bool) -> None:
-        """The model is done: return when the last chunk is due, or when something else ends the turn."""
+    def waits_for_pace(self, outcome: Outcome) -> bool:
+        """The model is done. Whether the turn must wait until its last chunk is due."""
         with self.changed:
             self.heard, due = None, self.moments[-1]
-            if hold and due > clock() and not self.is_ending:
+            if self.is_ending or due <= clock():
+                return False
+            if isinstance(outcome, Finish):
                 self.held = self.texts.pop()
                 del self.lines[-1], self.moments[-1]
-            while not self.is_ending and (rest := due - clock()) > 0:
-                self.changed.wait(rest / 1e6)
+            self.outcome, self.ends_at = outcome, due
+            self.changed.notify_all()
+            return True
 
-    def freeze(self, is_stop: bool) -> int:
-        """Drop the chunks that are not due, and take no more. Returns the moment of the end.
+    def ending(self, outcome: Outcome) -> list[bytes]:
+        """Take no more chunks, and drop those that are not due. Returns the lines that end the log.
 
         The turn is written to disk between this and finish().
         """
         with self.changed:
-            now = clock()
-            due = bisect_right(self.moments, now)
+            self.is_ending, self.ended = True, clock()
+            due = bisect_right(self.moments, self.ended)
             del self.lines[due:], self.moments[due:], self.texts[due - OPENING :]
-            if is_stop:
+            if outcome is STOPPED:
                 self.held = ""
-            self.is_ending = True
-            self.changed.notify_all()
-            return now
-
-    def ending(self, outcome: Outcome, now: int) -> list[bytes]:
-        """The lines that end the log: the final chunk if the turn completes, and the terminal event."""
-        timestamp = self.timestamp(now)
+        timestamp = self.timestamp(self.ended)
         ids = {"session_id": self.session.session_id, "turn_id": self.turn_id, "timestamp": timestamp}
         if isinstance(outcome, Failure):
             return [encode(type="error", code=outcome.code, message=outcome.message,
@@ -308,16 +310,16 @@ class Turn:
         usage = {"usage": outcome.usage} if outcome.usage else {}
         return [encode_chunk(self.held, total, True, timestamp), encode(
             type="complete", finish_reason=outcome.reason, total_chunks=total,
-            processing_time=(now - self.began) / 1e6, message_count=self.context_messages + gained, **usage,
-            **ids)]
+            processing_time=(self.ended - self.began) / 1e6, message_count=self.context_messages + gained,
+            **usage, **ids)]
 
-    def finish(self, state: str, ending: list[bytes], now: int) -> None:
+    def finish(self, outcome: Outcome, ending: list[bytes]) -> None:
         """End the turn. (`changed` is held.)"""
-        if state == "complete":
+        self.state = "failed" if isinstance(outcome, Failure) else "complete"
+        if self.state == "complete":
             self.texts.append(self.held)
         self.lines += ending
-        self.moments += [now] * len(ending)
-        self.state = state
+        self.moments += [self.ended] * len(ending)
         self.changed.notify_all()
 
     def follow(self, after: int, heartbeat: float) -> Generator[list[bytes]]:
@@ -336,17 +338,20 @@ class Turn:
                     if not running:
                         at = min(at, len(self.lines) - 1)  # the terminal event comes whatever `after` was
                     due = bisect_right(self.moments, now, min(at, len(self.moments)))
-                    lines, following = self.lines[at:due], self.moments[at : at + 1]
+                    lines = self.lines[at:due]
+                    following = self.moments[at] if at < len(self.moments) else self.ends_at
                     rest = spoken + round(heartbeat * 1e6) - now
                     waits = running and not lines and rest > 0
-                    if waits and not following:
+                    if waits and following is None:
                         self.changed.wait(rest / 1e6)
                         continue
-                if waits:  # for a moment that is known: a sleep costs half of a wait on the Condition
-                    time.sleep(max(min(following[0] - clock(), rest, 100_000), 0) / 1e6)
-                    continue
-                yield lines
-                at, spoken = at + len(lines), clock()
+                if not waits:
+                    yield lines
+                    at, spoken = at + len(lines), clock()
+                elif following > now:  # a sleep costs half of a wait on the Condition
+                    time.sleep(min(following - now, rest, 100_000) / 1e6)
+                else:
+                    self.sessions.end(self, self.outcome)
         finally:
             with self.changed:
                 self.readers -= 1
@@ -516,12 +521,11 @@ class Sessions:
             if session and session.running_turn():
                 raise Refused("session_busy", "A turn is running in this session. Wait for it, or stop it.")
             self._check_open()
-            if self.models >= self.settings.max_connections:
+            if max(self.models, len(self.running)) >= self.settings.max_connections:
                 raise Refused("overloaded", "Too many turns are running. Try again in a moment.")
             created = session is None
             session = session or self._add(session_id, self.settings.model)
-            delay = self.settings.chunk_delay
-            turn = Turn(session, turn_id or str(uuid.uuid4()), message, created, delay, client)
+            turn = Turn(session, turn_id or str(uuid.uuid4()), message, created, client, self)
             self._start(turn)
             return turn
 
@@ -544,8 +548,8 @@ class Sessions:
         """Run the session's model into the turn, in a thread of its own."""
         try:
             outcome = run_model(turn, history, self.settings.chunk_words)
-            turn.wait_for_pace(hold=isinstance(outcome, Finish))
-            self.end(turn, outcome)
+            if not turn.waits_for_pace(outcome):
+                self.end(turn, outcome)
         finally:
             with self.lock:
                 self.models -= 1
@@ -562,32 +566,31 @@ class Sessions:
         if turn.state != "running":
             return False
         session, kept = turn.session, None
-        now = turn.freeze(is_stop=outcome is STOPPED)
-        ending = turn.ending(outcome, now)
+        ending = turn.ending(outcome)
         if isinstance(outcome, Finish) and turn.texts:
             kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.held, turn.started,
-                            turn.timestamp(now), zlib.compress(b"".join(turn.lines + ending), 1))
+                            turn.timestamp(turn.ended), zlib.compress(b"".join(turn.lines + ending), 1))
             try:
                 if self.database:
-                    self.database.add_turn(session.session_id, kept, turn.epoch + now)
+                    self.database.add_turn(session.session_id, kept, turn.epoch + turn.ended)
             except DatabaseError as error:
                 self.console.trouble(error)
                 kept, outcome = None, Failure("internal_error")
-                ending = turn.ending(outcome, now)
+                ending = turn.ending(outcome)
         with turn.changed, self.lock:
-            turn.finish("failed" if isinstance(outcome, Failure) else "complete", ending, now)
+            turn.finish(outcome, ending)
             if kept:
                 session.history.append(kept)
             session.latest = kept or turn  # a kept turn is compressed: so its long log is let go
-            session.last_activity = turn.epoch + now
-            self._count(turn, now)
-        self.console.turn_ended(turn, outcome, now, len(self.running))
+            session.last_activity = turn.epoch + turn.ended
+            self._count(turn)
+        self.console.turn_ended(turn, outcome, len(self.running))
         if turn.pieces is not None:
             with suppress(RuntimeError):  # the system has no thread left
                 _thread.start_new_thread(close_model, (turn,))  # the close() of a model may block
         return True
 
-    def _count(self, turn: Turn, now: int) -> None:
+    def _count(self, turn: Turn) -> None:
         del self.running[turn]
         if turn.state == "complete":
             self.successful += 1
@@ -595,7 +598,7 @@ class Sessions:
             self.failed += 1
         self.chunks += turn.chunks()
         self.bytes += sum(map(len, turn.lines))
-        self.response_time += (now - turn.began) / 1e6
+        self.response_time += (turn.ended - turn.began) / 1e6
         if "".join(turn.texts[:1]):
             self.first_chunks.append((turn.moments[OPENING] - turn.began) / 1e6)
 
@@ -630,6 +633,8 @@ class Sessions:
                 now = clock()
                 if turn.deserted and not turn.readers and now - turn.deserted >= window:
                     self.end(turn, STOPPED)
+                elif turn.ends_at and now - turn.ends_at >= 100_000:  # no reader could end it
+                    self.end(turn, turn.outcome)
                 elif turn.heard and now - turn.heard >= silence * 1e6:
                     why = f"The model was silent for {silence} s. Send the same request again."
                     self.end(turn, Failure("model_cut", why))
@@ -1131,13 +1136,13 @@ class Console:
                 row = {"Session": turn.session.session_id, "Number": at + 1, "Text": turn.texts[at]}
                 self.log("chunk", row, turn.epoch + turn.moments[OPENING + at])
 
-    def turn_ended(self, turn: Turn, outcome: Outcome, now: int, active: int) -> None:
+    def turn_ended(self, turn: Turn, outcome: Outcome, active: int) -> None:
         """Log the end of a turn."""
         self.turn_goes_on(turn)
         rows = {"Session": turn.session.session_id, "Turn": turn.turn_id, "Total Chunks": turn.chunks(),
-                "Total Time": f"{(now - turn.began) / 1e6:.3f}s", "Active Streams": active}
+                "Total Time": f"{(turn.ended - turn.began) / 1e6:.3f}s", "Active Streams": active}
         if isinstance(outcome, Failure):
-            self.errors.append(f"{turn.timestamp(now)} {outcome.code}: {outcome.message}")
+            self.errors.append(f"{turn.timestamp(turn.ended)} {outcome.code}: {outcome.message}")
             rows |= {"Status": f"FAILED ({outcome.code})", "Detail": outcome.message}
             self.log("stream_failed", rows)
             if outcome.__cause__:

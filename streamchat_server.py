@@ -66,7 +66,6 @@ import traceback
 import unicodedata
 import uuid
 import zlib
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -79,7 +78,7 @@ from importlib import import_module
 from ipaddress import IPv6Address, ip_address
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from queue import Full, Queue, SimpleQueue
+from queue import Empty, Full, Queue, SimpleQueue
 from socketserver import BaseRequestHandler
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, unquote
@@ -219,74 +218,89 @@ OPENING = 2  # lines before the chunks: session_info and status
 class Turn:
     """One user message and its answer, as a log of lines.
 
-    Each line has a moment, in microseconds of clock(), at which it is due: no reader gets it before. Chunks
-    are due one after the other, at the pace of --chunk-delay. So the model may run ahead, no thread sleeps
-    between two chunks, and a stop drops the lines that are not due. When the model is done and its last chunk
-    is not due, that chunk is held back until it is: then a reader ends the turn, and the chunk is sent as the
-    final one. If it was due before, an empty final chunk follows.
+    Each chunk has a moment, in microseconds of clock(), at which it is due: then it is released, that is, its
+    line is added to the log. Chunks are due one after the other, at the pace of --chunk-delay. So the model may
+    run ahead, no thread sleeps between two chunks, and a stop drops the chunks that are not due. When the model
+    is done and its last chunk is not due, that chunk is held back until it is: then a reader ends the turn, and
+    the chunk is sent as the final one. If it was due before, an empty final chunk follows.
     """
 
-    def __init__(self, session: Session, turn_id: str, message: str, created: bool, client: str,
-                 sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, session: Session, turn_id: str, message: str, created: bool,
+                 client: str) -> None:
         """`created` is whether this turn made the session, `client` the address that sent the POST."""
-        self.session, self.turn_id, self.message, self.client = session, turn_id, message, client
-        self.sessions, self.delay = sessions, round(sessions.settings.chunk_delay * 1e6)
+        self.sessions, self.session = sessions, session
+        self.turn_id, self.message, self.client = turn_id, message, client
         self.context_messages = 2 * len(session.history)
+        self.delay = round(sessions.settings.chunk_delay * 1e6)
         self.changed = threading.Condition()  # guards what follows, and wakes readers
         self.state = "running"  # then "complete" or "failed"
         self.is_ending = False  # no more chunks are taken
-        self.began = clock()
-        self.ended = self.began
+        self.began = self.ended = clock()
         self.epoch = wall_clock() - self.began  # one for the turn, so that a step of the clock never shows
         self.started = self.timestamp(self.began)
-        self.texts: list[str] = []  # of each chunk
         self.lines = [
             encode(type="session_info", session_id=session.session_id, turn_id=turn_id, model=session.model,
                    created=created, timestamp=self.started),
             encode(type="status", message="Generating response...", context_messages=self.context_messages)]
-        self.moments = [self.began] * OPENING  # of each line, ascending
+        self.texts: list[str] = []  # of the chunks in the log
+        self.pending: deque[tuple[int, str]] = deque()  # moments and texts of the chunks that are not
+        self.first_due: int | None = None  # the moment of the first chunk
+        self.last_due = self.began - self.delay  # and of the last
         self.heard: int | None = self.began  # the model's last sign of life; None when it is done
         self.pieces: Any = None  # the model's iterator, while it runs
-        self.outcome: Outcome = STOPPED  # how the model ended, if the turn waits for its pace
-        self.ends_at: int | None = None  # when that turn is to end
-        self.held = ""  # its last chunk
+        self.outcome: Outcome | None = None  # how the model ended, if the pace then delays the turn's end
+        self.held = 0  # chunks that are held back: the last one when the model is done
+        self.final = ""  # text of the final chunk
         self.readers = 0
         self.deserted: int | None = None  # when the last reader left
-        self.logged = 0  # chunks that the console has shown
 
     def timestamp(self, moment: int) -> str:
         """A moment of clock() as the wall clock shows it."""
         return stamp(self.epoch + moment)
-
-    def chunks(self) -> int:
-        """How many chunks have been released: those that are due."""
-        return min(bisect_right(self.moments, clock()) - OPENING, len(self.texts))
 
     def add(self, texts: list[str]) -> None:
         """Add chunks at the pace. Once the turn is ending, they are dropped."""
         with self.changed:
             if self.is_ending:
                 return
-            self.heard = moment = clock()
-            if self.texts:
-                moment = max(moment, self.moments[-1] + self.delay)
+            self.heard = clock()
             for text in texts:
-                self.texts.append(text)
-                self.lines.append(encode_chunk(text, len(self.texts), False, self.timestamp(moment)))
-                self.moments.append(moment)
-                moment += self.delay
+                self.last_due = max(self.heard, self.last_due + self.delay)
+                self.first_due = self.first_due or self.last_due
+                self.pending.append((self.last_due, text))
             self.changed.notify_all()
+
+    def release(self) -> int:
+        """Add the chunks that are due to the log. Returns the moment. (`changed` is held.)"""
+        now = clock()
+        while len(self.pending) > self.held and self.pending[0][0] <= now:
+            due, text = self.pending.popleft()
+            self.texts.append(text)
+            timestamp = self.timestamp(due)
+            self.lines.append(encode_chunk(text, len(self.texts), False, timestamp))
+            self.sessions.console.chunk_released(self, self.epoch + due)
+        return now
+
+    def next_moment(self) -> int | None:
+        """When the next chunk is due, or the end of the turn; None if the model must say. (`changed` is held.)"""
+        if self.pending:
+            return self.pending[0][0]
+        return self.last_due if self.outcome else None
+
+    def chunks(self) -> int:
+        """How many chunks have been released."""
+        with self.changed:
+            self.release()
+            return len(self.texts)
 
     def waits_for_pace(self, outcome: Outcome) -> bool:
         """The model is done. Whether the turn must wait until its last chunk is due."""
         with self.changed:
-            self.heard, due = None, self.moments[-1]
-            if self.is_ending or due <= clock():
+            self.heard = None
+            self.release()
+            if self.is_ending or not self.pending:
                 return False
-            if isinstance(outcome, Finish):
-                self.held = self.texts.pop()
-                del self.lines[-1], self.moments[-1]
-            self.outcome, self.ends_at = outcome, due
+            self.outcome, self.held = outcome, int(isinstance(outcome, Finish))
             self.changed.notify_all()
             return True
 
@@ -296,11 +310,12 @@ class Turn:
         The turn is written to disk between this and finish().
         """
         with self.changed:
-            self.is_ending, self.ended = True, clock()
-            due = bisect_right(self.moments, self.ended)
-            del self.lines[due:], self.moments[due:], self.texts[due - OPENING :]
-            if outcome is STOPPED:
-                self.held = ""
+            self.is_ending = True
+            if outcome is not self.outcome:
+                self.held = 0
+            self.ended = self.release()
+            self.final = self.pending[0][1] if self.held else ""
+            self.pending.clear()
         timestamp = self.timestamp(self.ended)
         ids = {"session_id": self.session.session_id, "turn_id": self.turn_id, "timestamp": timestamp}
         if isinstance(outcome, Failure):
@@ -308,7 +323,7 @@ class Turn:
                            retryable=STREAM_ERRORS[outcome.code][0], **ids)]
         total, gained = len(self.texts) + 1, 2 if self.texts else 0
         usage = {"usage": outcome.usage} if outcome.usage else {}
-        return [encode_chunk(self.held, total, True, timestamp), encode(
+        return [encode_chunk(self.final, total, True, timestamp), encode(
             type="complete", finish_reason=outcome.reason, total_chunks=total,
             processing_time=(self.ended - self.began) / 1e6, message_count=self.context_messages + gained,
             **usage, **ids)]
@@ -317,13 +332,13 @@ class Turn:
         """End the turn. (`changed` is held.)"""
         self.state = "failed" if isinstance(outcome, Failure) else "complete"
         if self.state == "complete":
-            self.texts.append(self.held)
+            self.texts.append(self.final)
+            self.sessions.console.chunk_released(self, self.epoch + self.ended)
         self.lines += ending
-        self.moments += [self.ended] * len(ending)
         self.changed.notify_all()
 
     def follow(self, after: int, heartbeat: float) -> Generator[list[bytes]]:
-        """Yield the log without chunks 1 to `after`: the lines that are due, as many at a time as there are.
+        """Yield the log without chunks 1 to `after`: the lines that are there, as many at a time as there are.
 
         The terminal event comes last. An empty list means that `heartbeat` seconds passed without a line.
         """
@@ -334,12 +349,10 @@ class Turn:
             at, spoken, running = OPENING + after, clock(), True
             while running:
                 with self.changed:
-                    now, running = clock(), self.state == "running"
+                    now, running = self.release(), self.state == "running"
                     if not running:
                         at = min(at, len(self.lines) - 1)  # the terminal event comes whatever `after` was
-                    due = bisect_right(self.moments, now, min(at, len(self.moments)))
-                    lines = self.lines[at:due]
-                    following = self.moments[at] if at < len(self.moments) else self.ends_at
+                    lines, following = self.lines[at:], self.next_moment()
                     rest = spoken + round(heartbeat * 1e6) - now
                     waits = running and not lines and rest > 0
                     if waits and following is None:
@@ -375,8 +388,8 @@ def split(piece: str, words: int) -> list[str]:
 # ---- sessions: histories, and at most one running turn in each -------------------------------------------
 #
 # Sessions.alone() keeps other threads from changing a session, also while the disk is waited for. Two locks
-# are held for short moments only, and taken in this order: `changed` of a Turn, which guards its lines, and
-# Sessions.lock, which guards the dict of sessions, their histories and the counters.
+# are held for short moments only, and taken in this order: Sessions.lock, which guards the dict of sessions,
+# their histories and the counters, and `changed` of a Turn, which guards its log.
 
 
 class Message(NamedTuple):
@@ -443,8 +456,9 @@ class Session:
 class Sessions:
     """The lock-guarded dict of all sessions, and the counters. Methods raise Refused and DatabaseError."""
 
-    def __init__(self, settings: argparse.Namespace, console: Console, database: Database | None) -> None:
-        self.settings, self.console, self.database = settings, console, database
+    def __init__(self, settings: argparse.Namespace, console: Console, threads: Threads,
+                 database: Database | None) -> None:
+        self.settings, self.console, self.threads, self.database = settings, console, threads, database
         self.lock = threading.Condition()
         self.sessions = database.sessions if database else {}
         self.taken: set[str] = set()  # ids of the sessions that a thread has for itself, by alone()
@@ -525,7 +539,7 @@ class Sessions:
                 raise Refused("overloaded", "Too many turns are running. Try again in a moment.")
             created = session is None
             session = session or self._add(session_id, self.settings.model)
-            turn = Turn(session, turn_id or str(uuid.uuid4()), message, created, client, self)
+            turn = Turn(self, session, turn_id or str(uuid.uuid4()), message, created, client)
             self._start(turn)
             return turn
 
@@ -538,7 +552,7 @@ class Sessions:
             self.models += 1
         self.console.turn_started(turn, len(self.running))
         try:
-            _thread.start_new_thread(self._run, (turn, history))  # Thread.start() would wait until it runs
+            self.threads.start(self._run, turn, history)
         except RuntimeError:  # the system has no thread left
             with self.lock:
                 self.models -= 1
@@ -568,7 +582,7 @@ class Sessions:
         session, kept = turn.session, None
         ending = turn.ending(outcome)
         if isinstance(outcome, Finish) and turn.texts:
-            kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.held, turn.started,
+            kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.final, turn.started,
                             turn.timestamp(turn.ended), zlib.compress(b"".join(turn.lines + ending), 1))
             try:
                 if self.database:
@@ -577,7 +591,7 @@ class Sessions:
                 self.console.trouble(error)
                 kept, outcome = None, Failure("internal_error")
                 ending = turn.ending(outcome)
-        with turn.changed, self.lock:
+        with self.lock, turn.changed:
             turn.finish(outcome, ending)
             if kept:
                 session.history.append(kept)
@@ -587,7 +601,7 @@ class Sessions:
         self.console.turn_ended(turn, outcome, len(self.running))
         if turn.pieces is not None:
             with suppress(RuntimeError):  # the system has no thread left
-                _thread.start_new_thread(close_model, (turn,))  # the close() of a model may block
+                self.threads.start(close_model, turn)  # the close() of a model may block
         return True
 
     def _count(self, turn: Turn) -> None:
@@ -596,11 +610,11 @@ class Sessions:
             self.successful += 1
         else:
             self.failed += 1
-        self.chunks += turn.chunks()
+        self.chunks += len(turn.texts)
         self.bytes += sum(map(len, turn.lines))
         self.response_time += (turn.ended - turn.began) / 1e6
-        if "".join(turn.texts[:1]):
-            self.first_chunks.append((turn.moments[OPENING] - turn.began) / 1e6)
+        if turn.first_due:
+            self.first_chunks.append((turn.first_due - turn.began) / 1e6)
 
     def stop(self, session_id: str, turn_id: str | None) -> bool:
         """Stop the running turn if it is the one named, or if none is named. True if this ended a turn."""
@@ -633,13 +647,13 @@ class Sessions:
                 now = clock()
                 if turn.deserted and not turn.readers and now - turn.deserted >= window:
                     self.end(turn, STOPPED)
-                elif turn.ends_at and now - turn.ends_at >= 100_000:  # no reader could end it
+                elif turn.outcome and now - turn.last_due >= 100_000:  # no reader has ended it
                     self.end(turn, turn.outcome)
                 elif turn.heard and now - turn.heard >= silence * 1e6:
                     why = f"The model was silent for {silence} s. Send the same request again."
                     self.end(turn, Failure("model_cut", why))
                 else:
-                    self.console.turn_goes_on(turn)
+                    turn.chunks()  # logs them
 
     def close(self) -> None:
         """Begin no turn, give running ones their grace, and end the rest."""
@@ -685,7 +699,7 @@ def run_model(turn: Turn, history: list[Message], words: int) -> Outcome:
         return bug
     finally:
         turn.pieces = None
-    if turn.texts:
+    if turn.first_due:
         return finish
     if finish.reason == "content_filter":
         return Failure("model_blocked", f"{STREAM_ERRORS['model_blocked'][1]} ({finish.word})")
@@ -1126,19 +1140,14 @@ class Console:
             "Client IP": turn.client, "Session": turn.session.session_id, "Turn": turn.turn_id,
             "Message": turn.message, "Active Streams": active, "Transfer-Encoding": "chunked"})
 
-    def turn_goes_on(self, turn: Turn) -> None:
-        """Log the chunks that were released since the last call, but at most a thousand."""
-        if self.mode != "full":
-            return
-        with turn.changed:
-            first, turn.logged = turn.logged, turn.chunks()
-            for at in range(first, min(turn.logged, first + 1000)):
-                row = {"Session": turn.session.session_id, "Number": at + 1, "Text": turn.texts[at]}
-                self.log("chunk", row, turn.epoch + turn.moments[OPENING + at])
+    def chunk_released(self, turn: Turn, at: int) -> None:
+        """Log the latest chunk of a turn."""
+        if self.mode == "full":
+            self.log("chunk", {"Session": turn.session.session_id, "Number": len(turn.texts),
+                               "Text": turn.texts[-1]}, at)
 
     def turn_ended(self, turn: Turn, outcome: Outcome, active: int) -> None:
         """Log the end of a turn."""
-        self.turn_goes_on(turn)
         rows = {"Session": turn.session.session_id, "Turn": turn.turn_id, "Total Chunks": turn.chunks(),
                 "Total Time": f"{(turn.ended - turn.began) / 1e6:.3f}s", "Active Streams": active}
         if isinstance(outcome, Failure):
@@ -1999,6 +2008,45 @@ class Handler(BaseRequestHandler):
                 self.received.clear()
 
 
+class Threads:
+    """Threads that are used again, since to start one takes longer than many an answer.
+
+    One that has nothing to do ends after a second.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.idle = 0  # threads that wait for a call, less the calls in the queue
+        self.calls: SimpleQueue[tuple] = SimpleQueue()
+
+    def start(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a function in another thread. Raises RuntimeError if the system has no thread left."""
+        with self.lock:
+            if self.idle:
+                self.idle -= 1
+                self.calls.put((function, *arguments))
+                return
+        _thread.start_new_thread(self._work, (function, *arguments))  # Thread.start() waits until it runs
+
+    def _work(self, *call: Any) -> None:
+        next_call: tuple | None = call
+        while next_call:
+            function, *arguments = next_call
+            function(*arguments)
+            next_call = self._wait()
+
+    def _wait(self) -> tuple | None:
+        with self.lock:
+            self.idle += 1
+        while True:
+            with suppress(Empty):
+                return self.calls.get(timeout=1)
+            with self.lock:
+                if self.idle:  # otherwise a call is on its way
+                    self.idle -= 1
+                    return None
+
+
 class Server(ThreadingHTTPServer):
     """A server that listens. serve_forever() serves."""
 
@@ -2019,8 +2067,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()  # the one that it made
         self.socket = listening
-        self.console = Console(settings.log)
-        self.sessions = Sessions(settings, self.console, database)
+        self.console, self.threads = Console(settings.log), Threads()
+        self.sessions = Sessions(settings, self.console, self.threads, database)
         self.endpoints = Endpoints(self)
         threading.Thread(target=self.sessions.sweep, name="sweep", daemon=True).start()
 
@@ -2043,11 +2091,11 @@ class Server(ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread. Thread.start() would wait until it runs."""
+        """Serve a connection in a thread."""
         if len(self.connections) < self.settings.max_connections:
             self.connections.add(request)  # otherwise the handler answers 503
         try:
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+            self.threads.start(self.process_request_thread, request, client_address)
         except RuntimeError:  # the system has no thread left
             self.shutdown_request(request)
 
@@ -2252,6 +2300,8 @@ def main() -> int:
 
         private = private or mkdtemp(prefix="streamchat-")
         settings.db = f"{private}/sessions.db"
+    if not FUNCTIONS:  # they may compute
+        use_one_processor(listening.getsockname()[1])
     try:
         server = Server(listening, settings, Database(settings.db) if settings.db else None)
     except DatabaseError as error:
@@ -2284,6 +2334,17 @@ def serve(server: Server, watch: Watch | None, private: str) -> NoReturn:
 
         rmtree(private, ignore_errors=True)
     os._exit(0)  # the interpreter's own exit aborts if the console is stuck, and complains of a closed pipe
+
+
+def use_one_processor(port: int) -> None:
+    """Keep this thread, and those that it starts, on one processor (Linux).
+
+    Python runs one thread at a time, and a thread wakes faster where the one before it ran: that doubles the
+    requests per second. Servers beside each other take different processors by their ports.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[port % len(processors)]})
 
 
 def greet(server: Server) -> None:

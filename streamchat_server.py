@@ -68,7 +68,7 @@ import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from functools import cache, lru_cache
@@ -82,6 +82,7 @@ from queue import Empty, Full, Queue, SimpleQueue
 from socketserver import BaseRequestHandler
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, unquote
+from weakref import WeakValueDictionary
 
 PROGRAM = Path(__file__).resolve()
 PAGE = PROGRAM.with_name("demo.html")
@@ -129,9 +130,9 @@ PROBLEMS = {  # code of a problem: status
 
 STREAM_ERRORS = {  # code of an `error` event: (retryable, message if there is none that says more)
     "model_error": (False, "The model failed; the server's log has the details."),
-    "model_not_found": (False, "The model does not exist."),
-    "model_auth": (False, "The model's service refused the key."),
-    "model_overloaded": (True, "The model's service is overloaded. Try again in a moment."),
+    "model_not_found": (False, "The model does not exist. Name another with --model or GENAI_MODEL_ID."),
+    "model_auth": (False, "The model's service refused the key. Check GOOGLE_API_KEY or GEMINI_API_KEY."),
+    "model_overloaded": (True, "The model's service is overloaded, or a quota is used up. Try again later."),
     "model_blocked": (False, "The model's service blocked the message or the answer."),
     "model_cut": (True, "The model's answer was cut off. Send the same request again."),
     "session_cleared": (False, "The session was cleared while this turn was running."),
@@ -218,11 +219,11 @@ OPENING = 2  # lines before the chunks: session_info and status
 class Turn:
     """One user message and its answer, as a log of lines.
 
-    Each chunk has a moment, in microseconds of clock(), at which it is due: then it is released, that is, its
-    line is added to the log. Chunks are due one after the other, at the pace of --chunk-delay. So the model may
-    run ahead, no thread sleeps between two chunks, and a stop drops the chunks that are not due. When the model
-    is done and its last chunk is not due, that chunk is held back until it is: then a reader ends the turn, and
-    the chunk is sent as the final one. If it was due before, an empty final chunk follows.
+    Each chunk has a moment, in microseconds of clock(), at which it is due. Then it is released: its line is
+    added to the log. Chunks are due one after the other, at the pace of --chunk-delay. So the model may run
+    ahead, and a stop drops the chunks that are not due. When the model is done and its last chunk is not due,
+    that chunk is held back until it is: then a reader ends the turn, and the chunk is sent as the final one.
+    If it was due before, an empty final chunk follows.
     """
 
     def __init__(self, sessions: Sessions, session: Session, turn_id: str, message: str, created: bool,
@@ -243,12 +244,12 @@ class Turn:
                    created=created, timestamp=self.started),
             encode(type="status", message="Generating response...", context_messages=self.context_messages)]
         self.texts: list[str] = []  # of the chunks in the log
-        self.pending: deque[tuple[int, str]] = deque()  # moments and texts of the chunks that are not
+        self.pending: deque[tuple[int, str]] = deque()  # moments and texts of the chunks that are not due
         self.first_due: int | None = None  # the moment of the first chunk
         self.last_due = self.began - self.delay  # and of the last
         self.heard: int | None = self.began  # the model's last sign of life; None when it is done
         self.pieces: Any = None  # the model's iterator, while it runs
-        self.outcome: Outcome | None = None  # how the model ended, if the pace then delays the turn's end
+        self.outcome: Any = None  # how the model ended, once only the pace delays the turn's end
         self.held = 0  # chunks that are held back: the last one when the model is done
         self.final = ""  # text of the final chunk
         self.readers = 0
@@ -281,11 +282,11 @@ class Turn:
             self.sessions.console.chunk_released(self, self.epoch + due)
         return now
 
-    def next_moment(self) -> int | None:
-        """When the next chunk is due, or the end of the turn; None if the model must say. (`changed` is held.)"""
+    def next_moment(self) -> int:
+        """When the next chunk or the end is due; 0 if that depends on the model. (`changed` is held.)"""
         if self.pending:
             return self.pending[0][0]
-        return self.last_due if self.outcome else None
+        return self.last_due if self.outcome else 0
 
     def chunks(self) -> int:
         """How many chunks have been released."""
@@ -338,7 +339,7 @@ class Turn:
         self.changed.notify_all()
 
     def follow(self, after: int, heartbeat: float) -> Generator[list[bytes]]:
-        """Yield the log without chunks 1 to `after`: the lines that are there, as many at a time as there are.
+        """Yield the log without chunks 1 to `after`, as many lines at a time as there are.
 
         The terminal event comes last. An empty list means that `heartbeat` seconds passed without a line.
         """
@@ -355,7 +356,7 @@ class Turn:
                     lines, following = self.lines[at:], self.next_moment()
                     rest = spoken + round(heartbeat * 1e6) - now
                     waits = running and not lines and rest > 0
-                    if waits and following is None:
+                    if waits and not following:
                         self.changed.wait(rest / 1e6)
                         continue
                 if not waits:
@@ -387,9 +388,9 @@ def split(piece: str, words: int) -> list[str]:
 
 # ---- sessions: histories, and at most one running turn in each -------------------------------------------
 #
-# Sessions.alone() keeps other threads from changing a session, also while the disk is waited for. Two locks
-# are held for short moments only, and taken in this order: Sessions.lock, which guards the dict of sessions,
-# their histories and the counters, and `changed` of a Turn, which guards its log.
+# Locks are taken in this order. Sessions.alone() locks one session, also while its thread waits for the disk.
+# Two are held for short moments only: Sessions.lock, which guards the dict of sessions, their histories and
+# the counters, and `changed` of a Turn, which guards its log.
 
 
 class Message(NamedTuple):
@@ -459,12 +460,12 @@ class Sessions:
     def __init__(self, settings: argparse.Namespace, console: Console, threads: Threads,
                  database: Database | None) -> None:
         self.settings, self.console, self.threads, self.database = settings, console, threads, database
-        self.lock = threading.Condition()
+        self.lock = threading.Lock()
+        self.locks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # of sessions, while they are used
         self.sessions = database.sessions if database else {}
-        self.taken: set[str] = set()  # ids of the sessions that a thread has for itself, by alone()
-        self.closing = False  # when true, no session is made and no turn begins
+        self.closing = False  # when true, no turn begins
         self.running: dict[Turn, None] = {}  # in the order of their start
-        self.models = 0  # threads that run a model, some for turns that have ended; these are limited
+        self.models = 0  # threads that run a model, some for turns that have ended
         self.successful = self.failed = self.created = self.chunks = self.bytes = 0
         self.response_time = 0.0  # seconds, of all turns that have ended
         self.first_chunks: deque[float] = deque(maxlen=1000)  # seconds from a turn's start to its first chunk
@@ -476,49 +477,32 @@ class Sessions:
             raise Refused("session_not_found", "There is no such session. GET /sessions lists them.")
         return session
 
-    @contextmanager
-    def alone(self, session_id: str) -> Iterator[None]:
-        """Let one thread at a time begin or end a turn in a session, or make, clear or delete it."""
+    def alone(self, session_id: str) -> Any:
+        """The lock under which a session is made, cleared or deleted, and its turns begin and end."""
         with self.lock:
-            while session_id in self.taken:
-                self.lock.wait()
-            self.taken.add(session_id)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.taken.remove(session_id)
-                self.lock.notify_all()
+            return self.locks.setdefault(session_id, threading.RLock())
 
     def create(self, session_id: str, model: str) -> Session:
         """A new session. Raises Refused: session_exists, overloaded."""
-        with self.alone(session_id):
-            if session_id in self.sessions:
-                raise Refused("session_exists", f"The session {session_id} exists. Choose another id.")
-            return self._add(session_id, model)
-
-    def _add(self, session_id: str, model: str) -> Session:
-        self._check_open()
         now = wall_clock()
         session = Session(session_id, model, now, now)
-        with self.lock:
-            if len(self.sessions) >= LIMITS["sessions"]:
-                raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one of them.")
-            self.sessions[session_id] = session
-        try:
-            if self.database:
-                self.database.add_session(session)
-        except DatabaseError:
+        with self.alone(session_id):
             with self.lock:
-                del self.sessions[session_id]
-            raise
-        with self.lock:
-            self.created += 1
+                if session_id in self.sessions:
+                    raise Refused("session_exists", f"The session {session_id} exists. Choose another id.")
+                if len(self.sessions) >= LIMITS["sessions"]:
+                    raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one.")
+                self.sessions[session_id] = session
+                self.created += 1
+            try:
+                if self.database:
+                    self.database.add_session(session)
+            except DatabaseError:
+                with self.lock:
+                    del self.sessions[session_id]
+                    self.created -= 1
+                raise
         return session
-
-    def _check_open(self) -> None:
-        if self.closing:
-            raise Refused("overloaded", "The server is shutting down. Try again when it is back.")
 
     def begin(self, message: str, session_id: str, turn_id: str | None, client: str) -> Turn | KeptTurn:
         """The turn that a POST follows: the one that it repeats, or a new one.
@@ -534,34 +518,27 @@ class Sessions:
                 return known
             if session and session.running_turn():
                 raise Refused("session_busy", "A turn is running in this session. Wait for it, or stop it.")
-            self._check_open()
-            if max(self.models, len(self.running)) >= self.settings.max_connections:
-                raise Refused("overloaded", "Too many turns are running. Try again in a moment.")
+            if self.closing or max(len(self.running), self.models) >= self.settings.max_connections:
+                raise Refused("overloaded", "Too many turns are running, or the server is shutting down.")
             created = session is None
-            session = session or self._add(session_id, self.settings.model)
+            session = session or self.create(session_id, self.settings.model)
             turn = Turn(self, session, turn_id or str(uuid.uuid4()), message, created, client)
-            self._start(turn)
+            with self.lock:
+                session.latest, session.last_activity = turn, turn.epoch + turn.began
+                self.running[turn] = None
+            self.console.turn_started(turn, len(self.running))
+            try:
+                self.threads.start(self._run, turn)
+            except RuntimeError:  # the system has no thread left
+                self.end(turn, Failure("internal_error"))
             return turn
 
-    def _start(self, turn: Turn) -> None:
-        session = turn.session
-        history = [*session.messages(), Message("user", turn.message, turn.started, turn.turn_id)]
-        with self.lock:
-            session.latest, session.last_activity = turn, turn.epoch + turn.began
-            self.running[turn] = None
-            self.models += 1
-        self.console.turn_started(turn, len(self.running))
-        try:
-            self.threads.start(self._run, turn, history)
-        except RuntimeError:  # the system has no thread left
-            with self.lock:
-                self.models -= 1
-            self._end(turn, Failure("internal_error"))
-
-    def _run(self, turn: Turn, history: list[Message]) -> None:
+    def _run(self, turn: Turn) -> None:
         """Run the session's model into the turn, in a thread of its own."""
+        with self.lock:
+            self.models += 1
         try:
-            outcome = run_model(turn, history, self.settings.chunk_words)
+            outcome = run_model(turn, self.settings.chunk_words)
             if not turn.waits_for_pace(outcome):
                 self.end(turn, outcome)
         finally:
@@ -573,32 +550,29 @@ class Sessions:
 
         The turn is on disk before anybody can read that it is complete. If it cannot be written, it fails.
         """
-        with self.alone(turn.session.session_id):
-            return self._end(turn, outcome)
-
-    def _end(self, turn: Turn, outcome: Outcome) -> bool:
-        if turn.state != "running":
-            return False
         session, kept = turn.session, None
-        ending = turn.ending(outcome)
-        if isinstance(outcome, Finish) and turn.texts:
-            kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.final, turn.started,
-                            turn.timestamp(turn.ended), zlib.compress(b"".join(turn.lines + ending), 1))
-            try:
-                if self.database:
-                    self.database.add_turn(session.session_id, kept, turn.epoch + turn.ended)
-            except DatabaseError as error:
-                self.console.trouble(error)
-                kept, outcome = None, Failure("internal_error")
-                ending = turn.ending(outcome)
-        with self.lock, turn.changed:
-            turn.finish(outcome, ending)
-            if kept:
-                session.history.append(kept)
-            session.latest = kept or turn  # a kept turn is compressed: so its long log is let go
-            session.last_activity = turn.epoch + turn.ended
-            self._count(turn)
-        self.console.turn_ended(turn, outcome, len(self.running))
+        with self.alone(session.session_id):
+            if turn.state != "running":
+                return False
+            ending = turn.ending(outcome)
+            if isinstance(outcome, Finish) and turn.texts:
+                kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.final, turn.started,
+                                turn.timestamp(turn.ended), zlib.compress(b"".join(turn.lines + ending), 1))
+                try:
+                    if self.database:
+                        self.database.add_turn(session.session_id, kept, turn.epoch + turn.ended)
+                except DatabaseError as error:
+                    self.console.trouble(error)
+                    kept, outcome = None, Failure("internal_error")
+                    ending = turn.ending(outcome)
+            with self.lock, turn.changed:
+                turn.finish(outcome, ending)
+                if kept:
+                    session.history.append(kept)
+                session.latest = kept or turn  # a kept turn is compressed: so its long log is let go
+                session.last_activity = turn.epoch + turn.ended
+                self._count(turn)
+            self.console.turn_ended(turn, outcome, len(self.running))
         if turn.pieces is not None:
             with suppress(RuntimeError):  # the system has no thread left
                 self.threads.start(close_model, turn)  # the close() of a model may block
@@ -629,7 +603,7 @@ class Sessions:
                 self.database.clear(session_id, deletes, now)
             turn = session.running_turn()
             if turn:
-                self._end(turn, Failure("session_deleted" if deletes else "session_cleared"))
+                self.end(turn, Failure("session_deleted" if deletes else "session_cleared"))
             with self.lock:
                 session.history, session.latest, session.last_activity = [], None, now
                 if deletes:
@@ -656,7 +630,7 @@ class Sessions:
                     turn.chunks()  # logs them
 
     def close(self) -> None:
-        """Begin no turn, give running ones their grace, and end the rest."""
+        """Begin no more turns, give running ones their grace, and end the rest."""
         self.closing = True
         wait_until(lambda: not self.running, LIMITS["grace"])
         for turn in list(self.running):
@@ -671,33 +645,32 @@ Model = Callable[[list[Message]], Iterable[Any]]
 FUNCTIONS: dict[str, Model] = {}  # MODULE:FUNCTION of the command line
 
 
-def run_model(turn: Turn, history: list[Message], words: int) -> Outcome:
+def run_model(turn: Turn, words: int) -> Outcome:
     """Run the session's model into a turn until it is done or the turn ends. Returns how the model ended.
 
     An answer without any text is a failure.
     """
     finish = Finish("stop")
+    new = Message("user", turn.message, turn.started, turn.turn_id)
     try:
-        turn.pieces = call_model(turn.session.model, history)
-        if turn.is_ending:  # it ended in the meantime, so nobody else has closed these pieces
-            close_model(turn)
+        turn.pieces = call_model(turn.session.model, [*turn.session.messages(), new])
+        if turn.is_ending:
             return finish
         for piece in turn.pieces:
-            if turn.is_ending:
-                close_model(turn)
-                return finish
             if isinstance(piece, Finish):
                 finish = piece
             else:
                 turn.add(split(piece, words))
+            if turn.is_ending:
+                return finish
     except Failure as failure:
         return failure
     except BaseException as error:  # sys.exit() in a model ends only its turn
-        close_model(turn)
         bug = Failure("model_error")
         bug.__cause__ = error
         return bug
     finally:
+        close_model(turn)
         turn.pieces = None
     if turn.first_due:
         return finish
@@ -753,13 +726,8 @@ def offline(history: list[Message]) -> Iterator[str]:
 # task can be cancelled whatever it waits for, be it a connect, TLS, a head, an event or the pause of a retry.
 
 DEFAULT_GEMINI = "gemini-3.8-flash"
-GEMINI_STATUSES = {  # status: stream error code, and what to do about it; any other is model_error
-    401: ("model_auth", "Check GOOGLE_API_KEY or GEMINI_API_KEY."),
-    403: ("model_auth", "Check what GOOGLE_API_KEY or GEMINI_API_KEY may be used for."),
-    404: ("model_not_found", "Name another model, with --model or GENAI_MODEL_ID."),
-    429: ("model_overloaded", "Too many requests, or the quota is used up. Try again later."),
-    503: ("model_overloaded", "The model is overloaded. Try again later."),
-}
+GEMINI_CODES = {401: "model_auth", 403: "model_auth", 404: "model_not_found", 429: "model_overloaded",
+                503: "model_overloaded"}  # of a status; any other is a model_error
 FILTERS = ["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "ESCALATION",
            "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"]
 FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length", **dict.fromkeys(FILTERS, "content_filter")}
@@ -882,9 +850,9 @@ def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
     status = getattr(error, "code", None)
     if isinstance(status, int):
         known = 401 if status == 400 and "API_KEY_INVALID" in str(error) else status
-        code, advice = GEMINI_STATUSES.get(known, ("model_error", "The request failed."))
+        code = GEMINI_CODES.get(known, "model_error")
         said = without_keys(str(error.message or error.status or "no reason"))
-        return Failure(code, f"{model_id}: {advice} Gemini said: {status}, {said}")
+        return Failure(code, f"{STREAM_ERRORS[code][1]} ({model_id}: {status}, {said})")
     here = [each for each in NETWORK if os.environ.get(each) or os.environ.get(each.lower())]
     unreachable_proxy = "Connect" in kinds and set(here) & set(PROXIES)
     is_login = "google.auth" in kinds and name != "TransportError"
@@ -908,12 +876,13 @@ def without_keys(text: str) -> str:
 APPLICATION_ID = int.from_bytes(b"SCht", "big")  # marks a file as ours
 SCHEMA_VERSION = 2
 SCHEMA = f"""
+BEGIN;
 CREATE TABLE sessions (session_id TEXT PRIMARY KEY, model TEXT, created_at INTEGER, last_activity INTEGER);
 CREATE TABLE turns (session_id TEXT, turn_id TEXT, message TEXT, answer TEXT, started TEXT, ended TEXT,
                     log BLOB, PRIMARY KEY (session_id, turn_id));
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
-PRAGMA journal_mode = WAL;
+COMMIT;
 """
 
 
@@ -937,11 +906,12 @@ class Database:
             self.owner.execute("BEGIN EXCLUSIVE")
             has_wal = Path(f"{self.path}-wal").exists()  # left by a kill: it has the last turns
             if not has_wal and not (self.path.exists() and self.path.stat().st_size):
-                self._make()
+                with closing(self._connect(self.path)) as connection:
+                    connection.executescript(SCHEMA)
             # Without a -wal the file is read as it is, and SQLite makes no files beside it.
             self.sessions = self._read(f"mode=ro&immutable={int(not has_wal)}")
             self.connection = self._connect(self.path)
-            self.connection.execute("PRAGMA synchronous = FULL")
+            self.connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL")
         except sqlite3.Error as error:
             why = "another program uses it" if "locked" in str(error) else error
             raise DatabaseError(f"cannot use {self.path}: {why}") from None
@@ -953,16 +923,6 @@ class Database:
 
         Path(path).touch(0o600)  # SQLite would make it readable for others
         return sqlite3.connect(path, timeout=1, check_same_thread=False)
-
-    def _make(self) -> None:
-        """Make the file under another name first, so that a kill never leaves a half-made one."""
-        from tempfile import mkstemp
-
-        handle, new = mkstemp(prefix=f"{self.path.name}-", dir=self.path.parent)
-        os.close(handle)
-        with closing(self._connect(new)) as connection:
-            connection.executescript(SCHEMA)
-        os.replace(new, self.path)
 
     def _read(self, mode: str) -> dict[str, Session]:
         """All sessions, by a connection that changes nothing: the file may be another program's."""
@@ -1210,10 +1170,11 @@ JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")  # th
 
 
 class Head:
-    """The head of a request that follows the grammar (RFC 9112, sections 2 to 6). Methods raise Refused."""
+    """The head of a request (RFC 9112, sections 2 to 6). It is never changed. Methods raise Refused."""
 
     def __init__(self, head: bytes) -> None:
-        """`head` has no control characters but CRLF, and not the empty line at its end."""
+        """`head` lacks the empty line at its end."""
+        check_bytes(head, 0, 0)
         first, *rows = head.decode("latin-1").removesuffix("\r\n").split("\r\n")
         match = REQUEST_LINE.fullmatch(first)
         if not match:
@@ -1323,6 +1284,9 @@ class Head:
                           "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
 
 
+cached_head = lru_cache(64)(Head)  # clients repeat themselves, and this is half the work of a small request
+
+
 def find_head(received: bytearray, known: int) -> tuple[Head, int] | None:
     """The head that `received` begins with, and its size; None if more of it must come. Raises Refused.
 
@@ -1334,18 +1298,11 @@ def find_head(received: bytearray, known: int) -> tuple[Head, int] | None:
         begin += 2
     end = received.find(b"\r\n\r\n", begin, begin + LIMITS["head"])
     if end >= 0:
-        return parse_head(bytes(received[begin : end + 2])), end + 4
+        return cached_head(bytes(received[begin : end + 2])), end + 4
     check_bytes(received, begin, known)
     if len(received) - begin >= LIMITS["head"]:
         raise Refused("headers_too_large", f"The head must have at most {LIMITS['head'] >> 10} KiB.")
     return None
-
-
-@lru_cache(64)  # clients repeat themselves, and this is half of the work for a small request
-def parse_head(head: bytes) -> Head:
-    """Heads are never changed. Raises Refused."""
-    check_bytes(head, 0, 0)
-    return Head(head)
 
 
 def check_bytes(data: bytes | bytearray, begin: int, known: int) -> None:

@@ -6751,8 +6751,9 @@ SERVERS = [("alone", lambda server: Proxy(server.address)), ("one of many", one_
 
 def check_articles(browser, server, session):
     """The page shows the session's history, character for character."""
-    shown = browser.run(f"return {ARTICLES};")
-    assert shown == [list(message) for message in server.history(session)]
+    told = [list(message) for message in server.history(session)]
+    wait_until(lambda: browser.run(f"return {ARTICLES};") == told)  # articles are there before their text
+    assert browser.run(f"return {ARTICLES};") == told
 
 
 def check_stop(browser, server, session):

@@ -33,8 +33,9 @@ CRLF):
     <
 
 The last line is a terminal event, `complete` or `error`. A stream without one was cut, but its turn goes on
-for 30 s: a client that was cut off sends the same POST again and gets the same lines. `complete` adds the
-message and the answer to the history; `error` adds nothing. README.md has the whole protocol.
+for 30 s without readers: a client that was cut off sends the same POST again, with its `turn_id`, and gets
+the same lines. `complete` adds the message and the answer to the history; `error` adds nothing. README.md has
+the whole protocol.
 
 A Handler reads a request from its connection, checks it and calls the endpoint for its path. A POST begins a
 Turn: a thread runs the model and adds the answer to the turn piece by piece. The handler follows the turn and
@@ -45,7 +46,7 @@ from __future__ import annotations
 
 import sys
 
-if not {"ssl", "http.client"} & sys.modules.keys():
+if not {"ssl", "http.client", "http.server"} & sys.modules.keys():
     # http.server loads http.client, which would load OpenSSL: a sixth of this server's memory, for nothing.
     # A model that needs it later loads both again.
     sys.modules["ssl"] = None  # type: ignore[assignment]
@@ -312,10 +313,12 @@ class Turn:
         """
         with self.changed:
             self.is_ending = True
-            if outcome is not self.outcome:
+            if outcome is not self.outcome:  # something else ends the turn before its last chunk is due
                 self.held = 0
             self.ended = self.release()
-            self.final = self.pending[0][1] if self.held else ""
+            if self.held:
+                self.final = self.pending[0][1]
+            self.held = 0
             self.pending.clear()
         timestamp = self.timestamp(self.ended)
         ids = {"session_id": self.session.session_id, "turn_id": self.turn_id, "timestamp": timestamp}
@@ -388,9 +391,9 @@ def split(piece: str, words: int) -> list[str]:
 
 # ---- sessions: histories, and at most one running turn in each -------------------------------------------
 #
-# Locks are taken in this order. Sessions.alone() locks one session, also while its thread waits for the disk.
-# Two are held for short moments only: Sessions.lock, which guards the dict of sessions, their histories and
-# the counters, and `changed` of a Turn, which guards its log.
+# Locks are taken in this order: Sessions.alone(), which locks one session; Sessions.lock, which guards the
+# dict of sessions, their histories and the counters; `changed` of a Turn, which guards its log. Only the
+# first is held while a thread waits for the disk.
 
 
 class Message(NamedTuple):
@@ -610,24 +613,27 @@ class Sessions:
                     del self.sessions[session_id]
 
     def sweep(self) -> None:
-        """End turns that had no reader for the resume window, and those whose model is silent.
-
-        Runs ten times a second in a thread of its own, so that it never delays accept().
-        """
-        window, silence = self.settings.resume_window * 1e6, LIMITS["model_silence"]
+        """Look after running turns ten times a second, in a thread of its own that never delays accept()."""
         while True:
             time.sleep(0.1)
             for turn in list(self.running):
-                now = clock()
-                if turn.deserted and not turn.readers and now - turn.deserted >= window:
-                    self.end(turn, STOPPED)
-                elif turn.outcome and now - turn.last_due >= 100_000:  # no reader has ended it
-                    self.end(turn, turn.outcome)
-                elif turn.heard and now - turn.heard >= silence * 1e6:
-                    why = f"The model was silent for {silence} s. Send the same request again."
-                    self.end(turn, Failure("model_cut", why))
-                else:
-                    turn.chunks()  # logs them
+                try:
+                    self._look_after(turn)
+                except Exception as error:
+                    self.console.trouble(error)
+
+    def _look_after(self, turn: Turn) -> None:
+        """End a turn that had no reader for the resume window, is over, or whose model is silent."""
+        turn.chunks()  # logs them
+        now, heard, silence = clock(), turn.heard, LIMITS["model_silence"]
+        window = self.settings.resume_window * 1e6
+        if turn.deserted and not turn.readers and now - turn.deserted >= window:
+            self.end(turn, STOPPED)
+        elif turn.outcome and now - turn.last_due >= 100_000:  # no reader has ended it
+            self.end(turn, turn.outcome)
+        elif heard and now - heard >= silence * 1e6:
+            why = f"The model was silent for {silence} s. Send the same request again."
+            self.end(turn, Failure("model_cut", why))
 
     def close(self) -> None:
         """Begin no more turns, give running ones their grace, and end the rest."""
@@ -639,7 +645,7 @@ class Sessions:
 
 # ---- models: a model takes a history and returns an iterator of pieces -----------------------------------
 #
-# Its end is `stop`, unless the last item is a Finish. It may raise Failure. The iterator may have a close().
+# The iterator may have a close(). A model of this file may end it with a Finish, or raise Failure.
 
 Model = Callable[[list[Message]], Iterable[Any]]
 FUNCTIONS: dict[str, Model] = {}  # MODULE:FUNCTION of the command line
@@ -683,7 +689,7 @@ def close_model(turn: Turn) -> None:
     """Close the model's iterator. A running generator cannot be closed: it goes on until it yields."""
     close = getattr(turn.pieces, "close", None)
     if close:
-        with suppress(Exception):  # ValueError from a running generator
+        with suppress(BaseException):  # ValueError from a running generator, or any other from a model
             close()
 
 
@@ -791,9 +797,12 @@ class GeminiAnswer:
         stream = await client.aio.models.generate_content_stream(model=model_id, contents=contents)
         async for response in stream:
             self.items.put(response.text or "")
-            latest_word, latest_usage = gemini_end(response)
-            word, usage = latest_word or word, latest_usage or usage
-        if not word:
+            usage = gemini_usage(response.usage_metadata) or usage
+            if response.prompt_feedback and response.prompt_feedback.block_reason:
+                return Finish("content_filter", usage, response.prompt_feedback.block_reason.value)
+            if response.candidates and response.candidates[0].finish_reason:
+                word = response.candidates[0].finish_reason.value
+        if word in ("", "FINISH_REASON_UNSPECIFIED"):
             return Failure("model_cut", f"{model_id}: The answer ended without a finish reason.")
         return Finish(FINISH_REASONS.get(word, "other"), usage, word)
 
@@ -822,22 +831,14 @@ def gemini_client() -> Any:
     return genai.Client(http_options=options)
 
 
-def gemini_end(response: Any) -> tuple[str, dict[str, int] | None]:
-    """Why the answer ends, in Gemini's word or "", and the token counts so far. Thoughts count as output.
-
-    They may come with any response; the last ones count.
-    """
-    feedback, found = response.prompt_feedback, response.usage_metadata
-    word = feedback.block_reason if feedback else None
-    if not word and response.candidates:
-        word = response.candidates[0].finish_reason
-    usage = None
-    if found:
-        given = found.prompt_token_count or 0
-        written = (found.candidates_token_count or 0) + (found.thoughts_token_count or 0)
-        usage = {"input_tokens": given, "output_tokens": written,
-                 "total_tokens": found.total_token_count or given + written}
-    return "" if word in (None, "FINISH_REASON_UNSPECIFIED") else word.value, usage
+def gemini_usage(found: Any) -> dict[str, int] | None:
+    """The token counts so far, if the response has any. Thoughts count as output."""
+    if not found:
+        return None
+    given = found.prompt_token_count or 0
+    written = (found.candidates_token_count or 0) + (found.thoughts_token_count or 0)
+    total = found.total_token_count or given + written
+    return {"input_tokens": given, "output_tokens": written, "total_tokens": total}
 
 
 def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
@@ -1973,7 +1974,7 @@ class Threads:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.idle = 0  # threads that wait for a call, less the calls in the queue
+        self.idle = 0  # threads that wait for a call, less the calls that wait for a thread
         self.calls: SimpleQueue[tuple] = SimpleQueue()
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -2082,7 +2083,7 @@ class Server(ThreadingHTTPServer):
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Return when the condition holds, or when the time is over."""
+    """Return when the condition holds, or after so many seconds."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)

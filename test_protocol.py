@@ -4059,6 +4059,7 @@ GEMINI_STREAMS = {
     "error as bare lines": [says("Half an "), json.dumps(BROKEN, indent=2).encode()],
     "no JSON": [says("Half an "), b"data: <html>\n\n"],
     "blocked prompt": [{"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": GEMINI_USAGE}],
+    **{f"prompt blocked by {word}": [{"promptFeedback": {"blockReason": word}}] for word in ("OTHER", "JAILBREAK")},
     "blocked answer": [says(finish="SAFETY")],
     "blocked after text": [says("Once upon "), says(finish="RECITATION")],
     "blocked by a new reason": [says("Once upon "), says(finish="MODEL_ARMOR")],
@@ -4251,6 +4252,8 @@ MODEL_ENDS = [
     ("nothing at all", "model_cut", "", 1, ""),
     # blocked
     ("blocked prompt", "model_blocked", "", 1, "PROHIBITED_CONTENT"),
+    ("prompt blocked by OTHER", "model_blocked", "", 1, "OTHER"),
+    ("prompt blocked by JAILBREAK", "model_blocked", "", 1, "JAILBREAK"),
     ("blocked answer", "model_blocked", "", 1, "SAFETY"),
     ("blocked after text", "content_filter", "Once upon ", 1, ""),
     ("blocked by a new reason", "content_filter", "Once upon ", 1, ""),
@@ -4571,6 +4574,14 @@ class Numbers(Waiting):
         yield 5
 
 
+class LeavesWhenClosed(Numbers):
+    """And its close() wants to end the program."""
+
+    def close(self):
+        super().close()
+        sys.exit()
+
+
 class EvilError(Exception):
     def __str__(self):
         raise ValueError
@@ -4605,7 +4616,8 @@ class TestModelsOfYourOwn:
     def test_it_is_found_in_the_current_folder(self, serve):
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
             https = "import http.client, urllib.request\nhttp.client.HTTPSConnection, urllib.request.HTTPSHandler\n"
-            Path(folder, "mine.py").write_text(https + "def model(history):\n    yield 'mine'\n")
+            itself = "import streamchat_server\n"
+            Path(folder, "mine.py").write_text(https + itself + "def model(history):\n    yield 'mine'\n")
             command = [sys.executable, str(SERVER), "--port", "0", "--model", "mine:model"]
             process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=output)
             try:
@@ -4627,9 +4639,10 @@ class TestModelsOfYourOwn:
             assert wait_until(lambda: "SECRET" in server.log())
         os.truncate(server.output, 0)       # a traceback is right there, and nowhere else
 
+    @pytest.mark.parametrize("name", ["Numbers", "LeavesWhenClosed"])
     @waits
-    def test_one_that_yields_no_strings_is_closed(self, serve):
-        server = self.serve_model(serve, "Numbers")
+    def test_one_that_yields_no_strings_is_closed(self, serve, name):
+        server = self.serve_model(serve, name)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "state")
             assert server.chat(str(file)).check().end["code"] == "model_error"

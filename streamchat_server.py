@@ -660,23 +660,24 @@ def run_model(turn: Turn, words: int) -> Outcome:
     new = Message("user", turn.message, turn.started, turn.turn_id)
     try:
         turn.pieces = call_model(turn.session.model, [*turn.session.messages(), new])
+        if not turn.is_ending:
+            for piece in turn.pieces:
+                if isinstance(piece, Finish):
+                    finish = piece
+                else:
+                    turn.add(split(piece, words))
+                if turn.is_ending:
+                    break
         if turn.is_ending:
-            return finish
-        for piece in turn.pieces:
-            if isinstance(piece, Finish):
-                finish = piece
-            else:
-                turn.add(split(piece, words))
-            if turn.is_ending:
-                return finish
+            close_model(turn)
     except Failure as failure:
         return failure
     except BaseException as error:  # sys.exit() in a model ends only its turn
-        bug = Failure("model_error")
-        bug.__cause__ = error
-        return bug
-    finally:
         close_model(turn)
+        if not turn.is_ending:
+            turn.sessions.console.trouble(error)  # nothing keeps the error, or it would keep what its model holds
+        return Failure("model_error")
+    finally:
         turn.pieces = None
     if turn.first_due:
         return finish
@@ -687,9 +688,9 @@ def run_model(turn: Turn, words: int) -> Outcome:
 
 def close_model(turn: Turn) -> None:
     """Close the model's iterator. A running generator cannot be closed: it goes on until it yields."""
-    close = getattr(turn.pieces, "close", None)
-    if close:
-        with suppress(BaseException):  # ValueError from a running generator, or any other from a model
+    with suppress(BaseException):  # ValueError from a running generator, anything from a model
+        close = getattr(turn.pieces, "close", None)
+        if close:
             close()
 
 
@@ -929,12 +930,11 @@ class Database:
         """All sessions, by a connection that changes nothing: the file may be another program's."""
         import sqlite3
 
-        size = self.path.stat().st_size
-        if not size or size % 512:
-            raise OSError("it is not a database of SQLite, or its end is missing")
+        if not self.path.stat().st_size:
+            raise OSError("it is empty, but the -wal beside it is not")
         with closing(sqlite3.connect(f"{self.path.as_uri()}?{mode}", uri=True)) as found:
-            application, version, damage = (found.execute(f"PRAGMA {name}").fetchone()[0] for name in (
-                "application_id", "user_version", "quick_check(1)"))
+            application, version, page, damage = (found.execute(f"PRAGMA {name}").fetchone()[0] for name in (
+                "application_id", "user_version", "page_size", "quick_check(1)"))
             if application != APPLICATION_ID:
                 raise OSError("it belongs to another program")
             if version != SCHEMA_VERSION:
@@ -943,6 +943,8 @@ class Database:
                 raise OSError(f"{made} version of this program made it: {why}")
             if damage != "ok":
                 raise OSError(f"it is damaged ({' '.join(damage.split())})")
+            if self.path.stat().st_size % page:
+                raise OSError("it is damaged (its end is missing)")
             rows = found.execute("SELECT session_id, model, created_at, last_activity FROM sessions")
             sessions = {row[0]: Session(*row) for row in rows}
             rows = found.execute("SELECT session_id, turn_id, message, answer, started, ended, log "
@@ -1115,8 +1117,6 @@ class Console:
             self.errors.append(f"{turn.timestamp(turn.ended)} {outcome.code}: {outcome.message}")
             rows |= {"Status": f"FAILED ({outcome.code})", "Detail": outcome.message}
             self.log("stream_failed", rows)
-            if outcome.__cause__:
-                self.trouble(outcome.__cause__)
         elif outcome is STOPPED:
             self.log("stream_stopped", {**rows, "Status": "STOPPED"})
         else:
@@ -2199,8 +2199,9 @@ def start_problem(settings: argparse.Namespace) -> str | None:
             FUNCTIONS[settings.model] = getattr(import_module(module), function)
             if not callable(FUNCTIONS[settings.model]):
                 raise TypeError("it is not a function")
-        except Exception as error:
-            return f"cannot import {settings.model} ({error!r}). Correct --model, or use --model offline."
+        except BaseException as error:  # sys.exit(), too
+            why = traceback.format_exception_only(error)[-1].strip()
+            return f"cannot import {settings.model} ({why}). Correct --model, or use --model offline."
     if trouble := model_problem(settings.model):
         return trouble
     if settings.reload and os.name == "nt":

@@ -2517,6 +2517,7 @@ REFUSED_FILES = [       # name, what is done to a good file
     ("half of it", cut_off(lambda size: size // 2)),
     ("all but its last page", cut_off(lambda size: size - 4096)),
     ("all but its last byte", cut_off(lambda size: size - 1)),
+    ("all but its last 512 bytes", cut_off(lambda size: size - 512)),
     ("nothing but its -wal", empty_beside_its_log),
 ]
 
@@ -4574,6 +4575,15 @@ class Numbers(Waiting):
         yield 5
 
 
+class NoClose(Numbers):
+    """And its close is an error."""
+
+    @property
+    def close(self):
+        super().close()
+        raise ValueError
+
+
 class LeavesWhenClosed(Numbers):
     """And its close() wants to end the program."""
 
@@ -4590,6 +4600,12 @@ class EvilError(Exception):
 def raises_evil(history):
     raise EvilError
     yield ""
+
+
+def holds_a_file(history):
+    file = open(os.devnull)
+    yield "Half an answer. "
+    raise ValueError(file.name)
 
 
 not_a_function = 5
@@ -4639,7 +4655,7 @@ class TestModelsOfYourOwn:
             assert wait_until(lambda: "SECRET" in server.log())
         os.truncate(server.output, 0)       # a traceback is right there, and nowhere else
 
-    @pytest.mark.parametrize("name", ["Numbers", "LeavesWhenClosed"])
+    @pytest.mark.parametrize("name", ["Numbers", "NoClose", "LeavesWhenClosed"])
     @waits
     def test_one_that_yields_no_strings_is_closed(self, serve, name):
         server = self.serve_model(serve, name)
@@ -4648,6 +4664,19 @@ class TestModelsOfYourOwn:
             assert server.chat(str(file)).check().end["code"] == "model_error"
             assert wait_until(lambda: file.read_text() == "closed")
         os.truncate(server.output, 0)       # a traceback is right there
+
+    @waits
+    def test_what_a_failed_one_held_is_let_go(self, serve):
+        server = self.serve_model(serve, "holds_a_file")
+        files = f"/proc/{server.process.pid}/fd"
+        if not Path(files).exists():
+            pytest.skip("counts descriptors in /proc")
+        server.chat("Hi").check()
+        before = len(os.listdir(files))
+        for _ in range(20):
+            assert server.chat("Hi").check().end["code"] == "model_error"
+        assert wait_until(lambda: len(os.listdir(files)) <= before)
+        os.truncate(server.output, 0)       # tracebacks are right there
 
     @pytest.mark.parametrize("name", ["nothing:model", "test_protocol:nothing", "test_protocol:not_a_function", ":",
                                       "x:"])

@@ -2298,12 +2298,15 @@ def serve(server: Server, watch: Watch | None, private: str) -> NoReturn:
 def use_one_processor(port: int) -> None:
     """Keep this thread, and those that it starts, on one processor (Linux).
 
-    Python runs one thread at a time, and a thread wakes faster where the one before it ran: that doubles the
-    requests per second. Servers beside each other take different processors by their ports.
+    Python runs one thread at a time. The next one wakes faster where the last one ran, and must not interrupt
+    it (SCHED_BATCH), since it would only wait for it. Together this doubles the requests per second. Servers
+    beside each other take different processors by their ports.
     """
-    if hasattr(os, "sched_setaffinity"):
+    if hasattr(os, "SCHED_BATCH"):
         processors = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {processors[port % len(processors)]})
+        with suppress(OSError):  # a sandbox may forbid it
+            os.sched_setaffinity(0, {processors[port % len(processors)]})
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def greet(server: Server) -> None:

@@ -376,19 +376,6 @@ class Turn:
                     self.deserted = clock()
 
 
-def split(piece: str, words: int) -> list[str]:
-    """A piece as texts of at most `words` words and 4,096 code points, which join to the piece again.
-
-    Lone surrogates become U+FFFD.
-    """
-    size = LIMITS["chunk"]
-    piece = re.sub("[\ud800-\udfff]", "\ufffd", piece)
-    texts = re.findall(rf"\s*(?:\S+\s*){{1,{min(words, size)}}}|\s+", piece)
-    if len(max(texts, key=len, default="")) <= size:
-        return texts
-    return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
-
-
 # ---- sessions: histories, and at most one running turn in each -------------------------------------------
 #
 # Locks are taken in this order: Sessions.alone(), which locks one session; Sessions.lock, which guards the
@@ -623,7 +610,7 @@ class Sessions:
                     self.console.trouble(error)
 
     def _look_after(self, turn: Turn) -> None:
-        """End a turn that had no reader for the resume window, is over, or whose model is silent."""
+        """End a turn if it had no reader for the resume window, is over, or its model is silent."""
         turn.chunks()  # logs them
         now, heard, silence = clock(), turn.heard, LIMITS["model_silence"]
         window = self.settings.resume_window * 1e6
@@ -675,7 +662,7 @@ def run_model(turn: Turn, words: int) -> Outcome:
     except BaseException as error:  # sys.exit() in a model ends only its turn
         close_model(turn)
         if not turn.is_ending:
-            turn.sessions.console.trouble(error)  # nothing keeps the error, or it would keep what its model holds
+            turn.sessions.console.trouble(error)  # only its text is kept: the error holds what its model held
         return Failure("model_error")
     finally:
         turn.pieces = None
@@ -684,6 +671,19 @@ def run_model(turn: Turn, words: int) -> Outcome:
     if finish.reason == "content_filter":
         return Failure("model_blocked", f"{STREAM_ERRORS['model_blocked'][1]} ({finish.word})")
     return Failure("model_error", f"The model ended its answer without any text ({finish.word}).")
+
+
+def split(piece: str, words: int) -> list[str]:
+    """A piece as texts of at most `words` words and 4,096 code points, which join to the piece again.
+
+    Lone surrogates become U+FFFD.
+    """
+    size = LIMITS["chunk"]
+    piece = re.sub("[\ud800-\udfff]", "\ufffd", piece)
+    texts = re.findall(rf"\s*(?:\S+\s*){{1,{min(words, size)}}}|\s+", piece)
+    if len(max(texts, key=len, default="")) <= size:
+        return texts
+    return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
 
 
 def close_model(turn: Turn) -> None:

@@ -1969,7 +1969,7 @@ class Handler(BaseRequestHandler):
 class Threads:
     """Threads that are used again, since to start one takes longer than many an answer.
 
-    One that has nothing to do ends after a second.
+    One that has nothing to do ends after half a second.
     """
 
     def __init__(self) -> None:
@@ -1998,7 +1998,7 @@ class Threads:
             self.idle += 1
         while True:
             with suppress(Empty):
-                return self.calls.get(timeout=1)
+                return self.calls.get(timeout=0.5)
             with self.lock:
                 if self.idle:  # otherwise a call is on its way
                     self.idle -= 1

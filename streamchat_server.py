@@ -129,7 +129,7 @@ PROBLEMS = {  # code of a problem: status
     "overloaded": 503, "version_not_supported": 505,
 }
 
-STREAM_ERRORS = {  # code of an `error` event: (retryable, message if there is none that says more)
+STREAM_ERRORS = {  # code of an `error` event: (retryable, the message if nothing says more)
     "model_error": (False, "The model failed; the server's log has the details."),
     "model_not_found": (False, "The model does not exist. Name another with --model or GENAI_MODEL_ID."),
     "model_auth": (False, "The model's service refused the key. Check GOOGLE_API_KEY or GEMINI_API_KEY."),
@@ -250,8 +250,7 @@ class Turn:
         self.last_due = self.began - self.delay  # and of the last
         self.heard: int | None = self.began  # the model's last sign of life; None when it is done
         self.pieces: Any = None  # the model's iterator, while it runs
-        self.outcome: Any = None  # how the model ended, once only the pace delays the turn's end
-        self.held = 0  # chunks that are held back: the last one when the model is done
+        self.outcome: Any = None  # how the model ended, while only the pace delays the turn's end
         self.final = ""  # text of the final chunk
         self.readers = 0
         self.deserted: int | None = None  # when the last reader left
@@ -274,8 +273,8 @@ class Turn:
 
     def release(self) -> int:
         """Add the chunks that are due to the log. Returns the moment. (`changed` is held.)"""
-        now = clock()
-        while len(self.pending) > self.held and self.pending[0][0] <= now:
+        now, held_back = clock(), 1 if isinstance(self.outcome, Finish) else 0
+        while len(self.pending) > held_back and self.pending[0][0] <= now:
             due, text = self.pending.popleft()
             self.texts.append(text)
             timestamp = self.timestamp(due)
@@ -302,7 +301,7 @@ class Turn:
             self.release()
             if self.is_ending or not self.pending:
                 return False
-            self.outcome, self.held = outcome, int(isinstance(outcome, Finish))
+            self.outcome = outcome
             self.changed.notify_all()
             return True
 
@@ -313,12 +312,12 @@ class Turn:
         """
         with self.changed:
             self.is_ending = True
-            if outcome is not self.outcome:  # something else ends the turn before its last chunk is due
-                self.held = 0
+            if outcome is not self.outcome:
+                self.outcome = None  # something else ends the turn, so no chunk is held back
             self.ended = self.release()
-            if self.held:
+            if isinstance(self.outcome, Finish):
                 self.final = self.pending[0][1]
-            self.held = 0
+            self.outcome = None
             self.pending.clear()
         timestamp = self.timestamp(self.ended)
         ids = {"session_id": self.session.session_id, "turn_id": self.turn_id, "timestamp": timestamp}
@@ -878,13 +877,12 @@ def without_keys(text: str) -> str:
 APPLICATION_ID = int.from_bytes(b"SCht", "big")  # marks a file as ours
 SCHEMA_VERSION = 2
 SCHEMA = f"""
-BEGIN;
 CREATE TABLE sessions (session_id TEXT PRIMARY KEY, model TEXT, created_at INTEGER, last_activity INTEGER);
 CREATE TABLE turns (session_id TEXT, turn_id TEXT, message TEXT, answer TEXT, started TEXT, ended TEXT,
                     log BLOB, PRIMARY KEY (session_id, turn_id));
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
-COMMIT;
+PRAGMA journal_mode = WAL;
 """
 
 
@@ -908,12 +906,11 @@ class Database:
             self.owner.execute("BEGIN EXCLUSIVE")
             has_wal = Path(f"{self.path}-wal").exists()  # left by a kill: it has the last turns
             if not has_wal and not (self.path.exists() and self.path.stat().st_size):
-                with closing(self._connect(self.path)) as connection:
-                    connection.executescript(SCHEMA)
+                self._make()
             # Without a -wal the file is read as it is, and SQLite makes no files beside it.
             self.sessions = self._read(f"mode=ro&immutable={int(not has_wal)}")
             self.connection = self._connect(self.path)
-            self.connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL")
+            self.connection.execute("PRAGMA synchronous = FULL")
         except sqlite3.Error as error:
             why = "another program uses it" if "locked" in str(error) else error
             raise DatabaseError(f"cannot use {self.path}: {why}") from None
@@ -925,6 +922,16 @@ class Database:
 
         Path(path).touch(0o600)  # SQLite would make it readable for others
         return sqlite3.connect(path, timeout=1, check_same_thread=False)
+
+    def _make(self) -> None:
+        """Make the file under another name first, so that a kill never leaves a half-made one."""
+        from tempfile import mkstemp
+
+        handle, new = mkstemp(prefix=f"{self.path.name}-", dir=self.path.parent)
+        os.close(handle)
+        with closing(self._connect(new)) as connection:
+            connection.executescript(SCHEMA)
+        os.replace(new, self.path)
 
     def _read(self, mode: str) -> dict[str, Session]:
         """All sessions, by a connection that changes nothing: the file may be another program's."""
@@ -1817,7 +1824,7 @@ class Handler(BaseRequestHandler):
             self.linger()
 
     def respond(self) -> Reply | Stream | None:
-        """The answer to the next request; None if there is none."""
+        """The answer to the next request. None if no request came."""
         try:
             self.head = self.read_head()
             return self.answer(self.head) if self.head else None

@@ -4665,6 +4665,15 @@ class TestModelsOfYourOwn:
             assert wait_until(lambda: file.read_text() == "closed")
         os.truncate(server.output, 0)       # a traceback is right there
 
+    @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="processors can be chosen on Linux")
+    @waits
+    def test_only_one_of_your_own_has_all_processors(self, serve):
+        processors = os.sched_getaffinity(0)
+        assert os.sched_getaffinity(self.serve_model(serve, "roles_and_texts").process.pid) == processors
+        server = serve()
+        one = sorted(processors)[server.address[1] % len(processors)]
+        assert os.sched_getaffinity(server.process.pid) == {one}
+
     @waits
     def test_what_a_failed_one_held_is_let_go(self, serve):
         server = self.serve_model(serve, "holds_a_file")

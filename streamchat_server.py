@@ -687,10 +687,8 @@ def split(piece: str, words: int) -> list[str]:
 
 def close_model(turn: Turn) -> None:
     """Close the model's iterator. A running generator cannot be closed: it goes on until it yields."""
-    with suppress(BaseException):  # ValueError from a running generator, anything from a model
-        close = getattr(turn.pieces, "close", None)
-        if close:
-            close()
+    with suppress(BaseException):  # there may be no close(), and a model's own may raise anything
+        turn.pieces.close()
 
 
 def call_model(model_id: str, history: list[Message]) -> Iterable[Any]:

@@ -51,6 +51,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from string import ascii_letters
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -2736,8 +2737,8 @@ class TestSessionsOnDisk:
     def test_a_file_that_is_not_right_is_refused_in_one_line_and_not_touched(self, serve):
         with new_file() as file:
             server = serve(*ON_DISK, "--db", str(file))
-            for number in range(3):
-                server.turn("x" * 20_000, session_id=f"s{number}")
+            for number in range(8):     # the file ends in a log of noise, whose pages quick_check takes as they are
+                server.turn("".join(random.Random(number).choices(ascii_letters, k=6000)), session_id=f"s{number}")
             end_process(server, "terminate")
 
             files = []
@@ -4633,7 +4634,7 @@ class TestModelsOfYourOwn:
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
             https = "import http.client, urllib.request\nhttp.client.HTTPSConnection, urllib.request.HTTPSHandler\n"
             itself = "import streamchat_server\n"
-            Path(folder, "mine.py").write_text(https + itself + "def model(history):\n    yield 'mine'\n")
+            Path(folder, "mine.py").write_text(itself + https + "def model(history):\n    yield 'mine'\n")
             command = [sys.executable, str(SERVER), "--port", "0", "--model", "mine:model"]
             process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=output)
             try:
@@ -4664,6 +4665,15 @@ class TestModelsOfYourOwn:
             assert server.chat(str(file)).check().end["code"] == "model_error"
             assert wait_until(lambda: file.read_text() == "closed")
         os.truncate(server.output, 0)       # a traceback is right there
+
+    @waits
+    def test_a_final_chunk_that_is_held_back_comes_when_it_is_due(self, serve):
+        server, waits = serve("--chunk-delay", "0.3"), []
+        for _ in range(4):      # a busy machine may delay one of them
+            chunks = [event_of(line) for line in server.chat("a b").read().lines[2:-1]]
+            before, final = (chunk["timestamp"] for chunk in chunks[-2:])
+            waits.append((datetime.fromisoformat(final) - datetime.fromisoformat(before)).total_seconds())
+        assert 0.3 <= min(waits) < 0.39, waits
 
     @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="processors can be chosen on Linux")
     @waits

@@ -79,7 +79,7 @@ from importlib import import_module
 from ipaddress import IPv6Address, ip_address
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from queue import Empty, Full, Queue, SimpleQueue
+from queue import Full, Queue, SimpleQueue
 from socketserver import BaseRequestHandler
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, unquote
@@ -222,9 +222,9 @@ class Turn:
 
     Each chunk has a moment, in microseconds of clock(), at which it is due. Then it is released: its line is
     added to the log. Chunks are due one after the other, at the pace of --chunk-delay. So the model may run
-    ahead, and a stop drops the chunks that are not due. When the model is done and its last chunk is not due,
-    that chunk is held back until it is: then a reader ends the turn, and the chunk is sent as the final one.
-    If it was due before, an empty final chunk follows.
+    ahead, and a stop drops the chunks that are not due. If the model is done before its last chunk is due, that
+    chunk is held back: at its moment a reader ends the turn, and it is sent as the final one. Otherwise an
+    empty final chunk follows.
     """
 
     def __init__(self, sessions: Sessions, session: Session, turn_id: str, message: str, created: bool,
@@ -248,9 +248,9 @@ class Turn:
         self.pending: deque[tuple[int, str]] = deque()  # moments and texts of the chunks that are not due
         self.first_due: int | None = None  # the moment of the first chunk
         self.last_due = self.began - self.delay  # and of the last
-        self.heard: int | None = self.began  # the model's last sign of life; None when it is done
+        self.heard = self.began  # the model's last sign of life
         self.pieces: Any = None  # the model's iterator, while it runs
-        self.outcome: Any = None  # how the model ended, while only the pace delays the turn's end
+        self.outcome: Any = None  # how the model ended, once it is done
         self.final = ""  # text of the final chunk
         self.readers = 0
         self.deserted: int | None = None  # when the last reader left
@@ -262,13 +262,19 @@ class Turn:
     def add(self, texts: list[str]) -> None:
         """Add chunks at the pace. Once the turn is ending, they are dropped."""
         with self.changed:
-            if self.is_ending:
-                return
-            self.heard = clock()
-            for text in texts:
-                self.last_due = max(self.heard, self.last_due + self.delay)
-                self.first_due = self.first_due or self.last_due
-                self.pending.append((self.last_due, text))
+            if not self.is_ending:
+                self.heard = clock()
+                for text in texts:
+                    self.last_due = max(self.heard, self.last_due + self.delay)
+                    self.first_due = self.first_due or self.last_due
+                    self.pending.append((self.last_due, text))
+                self.changed.notify_all()
+
+    def model_done(self, outcome: Outcome) -> None:
+        """From now on the turn waits only until its last chunk is due."""
+        with self.changed:
+            self.release()
+            self.outcome = outcome
             self.changed.notify_all()
 
     def release(self) -> int:
@@ -277,33 +283,19 @@ class Turn:
         while len(self.pending) > held_back and self.pending[0][0] <= now:
             due, text = self.pending.popleft()
             self.texts.append(text)
-            timestamp = self.timestamp(due)
-            self.lines.append(encode_chunk(text, len(self.texts), False, timestamp))
+            self.lines.append(encode_chunk(text, len(self.texts), False, self.timestamp(due)))
             self.sessions.console.chunk_released(self, self.epoch + due)
         return now
+
+    def chunks(self) -> int:
+        """How many chunks have been released."""
+        return len(self.texts)
 
     def next_moment(self) -> int:
         """When the next chunk or the end is due; 0 if that depends on the model. (`changed` is held.)"""
         if self.pending:
             return self.pending[0][0]
         return self.last_due if self.outcome else 0
-
-    def chunks(self) -> int:
-        """How many chunks have been released."""
-        with self.changed:
-            self.release()
-            return len(self.texts)
-
-    def waits_for_pace(self, outcome: Outcome) -> bool:
-        """The model is done. Whether the turn must wait until its last chunk is due."""
-        with self.changed:
-            self.heard = None
-            self.release()
-            if self.is_ending or not self.pending:
-                return False
-            self.outcome = outcome
-            self.changed.notify_all()
-            return True
 
     def ending(self, outcome: Outcome) -> list[bytes]:
         """Take no more chunks, and drop those that are not due. Returns the lines that end the log.
@@ -315,8 +307,7 @@ class Turn:
             if outcome is not self.outcome:
                 self.outcome = None  # something else ends the turn, so no chunk is held back
             self.ended = self.release()
-            if isinstance(self.outcome, Finish):
-                self.final = self.pending[0][1]
+            self.final = self.pending[0][1] if isinstance(self.outcome, Finish) and self.pending else ""
             self.outcome = None
             self.pending.clear()
         timestamp = self.timestamp(self.ended)
@@ -355,17 +346,17 @@ class Turn:
                     now, running = self.release(), self.state == "running"
                     if not running:
                         at = min(at, len(self.lines) - 1)  # the terminal event comes whatever `after` was
-                    lines, following = self.lines[at:], self.next_moment()
+                    lines, due = self.lines[at:], self.next_moment()
                     rest = spoken + round(heartbeat * 1e6) - now
                     waits = running and not lines and rest > 0
-                    if waits and not following:
+                    if waits and not due:
                         self.changed.wait(rest / 1e6)
                         continue
                 if not waits:
                     yield lines
                     at, spoken = at + len(lines), clock()
-                elif following > now:  # a sleep costs half of a wait on the Condition
-                    time.sleep(min(following - now, rest, 100_000) / 1e6)
+                elif due > now:  # a sleep costs half of a wait on the Condition
+                    time.sleep(min(due - now, rest, 100_000) / 1e6)
                 else:
                     self.sessions.end(self, self.outcome)
         finally:
@@ -446,9 +437,8 @@ class Session:
 class Sessions:
     """The lock-guarded dict of all sessions, and the counters. Methods raise Refused and DatabaseError."""
 
-    def __init__(self, settings: argparse.Namespace, console: Console, threads: Threads,
-                 database: Database | None) -> None:
-        self.settings, self.console, self.threads, self.database = settings, console, threads, database
+    def __init__(self, settings: argparse.Namespace, console: Console, database: Database | None) -> None:
+        self.settings, self.console, self.database = settings, console, database
         self.lock = threading.Lock()
         self.locks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # of sessions, while they are used
         self.sessions = database.sessions if database else {}
@@ -476,21 +466,15 @@ class Sessions:
         now = wall_clock()
         session = Session(session_id, model, now, now)
         with self.alone(session_id):
+            if session_id in self.sessions:
+                raise Refused("session_exists", f"The session {session_id} exists. Choose another id.")
+            if len(self.sessions) >= LIMITS["sessions"]:
+                raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one.")
+            if self.database:
+                self.database.add_session(session)
             with self.lock:
-                if session_id in self.sessions:
-                    raise Refused("session_exists", f"The session {session_id} exists. Choose another id.")
-                if len(self.sessions) >= LIMITS["sessions"]:
-                    raise Refused("overloaded", f"There are {LIMITS['sessions']:,} sessions. Delete one.")
                 self.sessions[session_id] = session
                 self.created += 1
-            try:
-                if self.database:
-                    self.database.add_session(session)
-            except DatabaseError:
-                with self.lock:
-                    del self.sessions[session_id]
-                    self.created -= 1
-                raise
         return session
 
     def begin(self, message: str, session_id: str, turn_id: str | None, client: str) -> Turn | KeptTurn:
@@ -517,7 +501,7 @@ class Sessions:
                 self.running[turn] = None
             self.console.turn_started(turn, len(self.running))
             try:
-                self.threads.start(self._run, turn)
+                _thread.start_new_thread(self._run, (turn,))  # Thread.start() would wait until it runs
             except RuntimeError:  # the system has no thread left
                 self.end(turn, Failure("internal_error"))
             return turn
@@ -528,7 +512,8 @@ class Sessions:
             self.models += 1
         try:
             outcome = run_model(turn, self.settings.chunk_words)
-            if not turn.waits_for_pace(outcome):
+            turn.model_done(outcome)
+            if not turn.pending:
                 self.end(turn, outcome)
         finally:
             with self.lock:
@@ -564,7 +549,7 @@ class Sessions:
             self.console.turn_ended(turn, outcome, len(self.running))
         if turn.pieces is not None:
             with suppress(RuntimeError):  # the system has no thread left
-                self.threads.start(close_model, turn)  # the close() of a model may block
+                _thread.start_new_thread(close_model, (turn,))  # the close() of a model may block
         return True
 
     def _count(self, turn: Turn) -> None:
@@ -603,21 +588,18 @@ class Sessions:
         while True:
             time.sleep(0.1)
             for turn in list(self.running):
-                try:
-                    self._look_after(turn)
-                except Exception as error:
-                    self.console.trouble(error)
+                self._look_after(turn)
 
     def _look_after(self, turn: Turn) -> None:
         """End a turn if it had no reader for the resume window, is over, or its model is silent."""
-        turn.chunks()  # logs them
-        now, heard, silence = clock(), turn.heard, LIMITS["model_silence"]
-        window = self.settings.resume_window * 1e6
+        with turn.changed:
+            now = turn.release()  # the console logs chunks, also without a reader
+        silence, window = LIMITS["model_silence"], self.settings.resume_window * 1e6
         if turn.deserted and not turn.readers and now - turn.deserted >= window:
             self.end(turn, STOPPED)
         elif turn.outcome and now - turn.last_due >= 100_000:  # no reader has ended it
             self.end(turn, turn.outcome)
-        elif heard and now - heard >= silence * 1e6:
+        elif not turn.outcome and now - turn.heard >= silence * 1e6:
             why = f"The model was silent for {silence} s. Send the same request again."
             self.end(turn, Failure("model_cut", why))
 
@@ -892,8 +874,7 @@ class Database:
     """The file of --db. One server has it at a time; others may read it. Methods raise DatabaseError."""
 
     def __init__(self, file: str) -> None:
-        import sqlite3  # not loaded without --db
-
+        self.sqlite3 = import_module("sqlite3")  # not loaded without --db
         self.path, self.lock = Path(os.path.realpath(file)), threading.Lock()
         try:
             if os.path.lexists(self.path) and not self.path.is_file():
@@ -909,17 +890,15 @@ class Database:
             self.sessions = self._read(f"mode=ro&immutable={int(not has_wal)}")
             self.connection = self._connect(self.path)
             self.connection.execute("PRAGMA synchronous = FULL")
-        except sqlite3.Error as error:
+        except self.sqlite3.Error as error:
             why = "another program uses it" if "locked" in str(error) else error
             raise DatabaseError(f"cannot use {self.path}: {why}") from None
         except OSError as error:
             raise DatabaseError(f"cannot use {self.path}: {error.strerror or error}") from None
 
     def _connect(self, path: Path | str) -> Any:
-        import sqlite3
-
         Path(path).touch(0o600)  # SQLite would make it readable for others
-        return sqlite3.connect(path, timeout=1, check_same_thread=False)
+        return self.sqlite3.connect(path, timeout=1, check_same_thread=False)
 
     def _make(self) -> None:
         """Make the file under another name first, so that a kill never leaves a half-made one."""
@@ -933,11 +912,9 @@ class Database:
 
     def _read(self, mode: str) -> dict[str, Session]:
         """All sessions, by a connection that changes nothing: the file may be another program's."""
-        import sqlite3
-
         if not self.path.stat().st_size:
             raise OSError("it is empty, but the -wal beside it is not")
-        with closing(sqlite3.connect(f"{self.path.as_uri()}?{mode}", uri=True)) as found:
+        with closing(self.sqlite3.connect(f"{self.path.as_uri()}?{mode}", uri=True)) as found:
             application, version, page, damage = (found.execute(f"PRAGMA {name}").fetchone()[0] for name in (
                 "application_id", "user_version", "page_size", "quick_check(1)"))
             if application != APPLICATION_ID:
@@ -962,17 +939,15 @@ class Database:
 
     def _write(self, *statements: tuple[str, tuple]) -> None:
         """Execute them in one transaction, which is on disk when this returns."""
-        import sqlite3
-
         with self.lock:
             try:
                 with self.connection:
                     for statement, values in statements:
                         self.connection.execute(statement, values)
-            except sqlite3.Error as error:
+            except self.sqlite3.Error as error:
                 # A COMMIT that failed may have left its turn in FILE-wal, where a restart would find it.
                 # Another write, which changes nothing, takes its place.
-                with suppress(sqlite3.Error):
+                with suppress(self.sqlite3.Error):
                     self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 raise DatabaseError(f"cannot write {self.path}: {error}") from None
 
@@ -1541,13 +1516,23 @@ class Endpoints:
         return reply_json(describe(self.server.routes))
 
     def demo(self, request: Request) -> Reply:
+        """The page. Only its own script and style run, by their hashes (CSP Level 3)."""
+        from base64 import b64encode
+        from hashlib import sha256  # loads OpenSSL, so only with the page
+
         try:
             html = PAGE.read_text("utf-8")  # with \n, as browsers hash it, also if a checkout made CRLF of it
         except OSError:
             missing = "The page is the file demo.html, which cannot be read beside the server."
             raise Refused("not_found", missing) from None
+        own = [f"{tag}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+               for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", html, re.DOTALL)]
+        policy = "; ".join([
+            "default-src 'none'", *own, "connect-src 'self'", "img-src data:", "base-uri 'none'",
+            "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
+            "trusted-types 'none'"])  # with trusted types, no string becomes HTML or script
         return Reply(200, {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store",
-                           "Content-Security-Policy": content_security_policy(html)}, html.encode())
+                           "Content-Security-Policy": policy}, html.encode())
 
     docs = demo
 
@@ -1569,22 +1554,6 @@ def summary(session: Session) -> dict[str, Any]:
 def age(session: Session) -> float:
     """Seconds since it was made; 0 if the wall clock was set back to before that."""
     return max(0, wall_clock() - session.created_at) / 1e6
-
-
-def content_security_policy(html: str) -> str:
-    """CSP Level 3: only the page's own script and style run, by their hash, and they reach only this server.
-
-    With trusted types, no string becomes HTML or script in it.
-    """
-    from base64 import b64encode
-    from hashlib import sha256  # loads OpenSSL, so only with the page
-
-    own = [f"{tag}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
-           for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", html, re.DOTALL)]
-    return "; ".join([
-        "default-src 'none'", *own, "connect-src 'self'", "img-src data:", "base-uri 'none'",
-        "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
-        "trusted-types 'none'"])
 
 
 # JSON Schema, as strict as the checks above.
@@ -1867,12 +1836,7 @@ class Handler(BaseRequestHandler):
                 begun, end = True, time.monotonic() + LIMITS["head_time"]
                 self.server.idle.discard(self.request)
             known = len(self.received)
-            if begun:
-                self.receive_more("head", end)
-            else:
-                with suppress(TimeoutError):
-                    if self.receive(end):
-                        continue
+            if not self.receive(end, "head" if begun else ""):
                 return None
         self.server.idle.discard(self.request)
         head, size = found
@@ -1885,37 +1849,31 @@ class Handler(BaseRequestHandler):
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         end = time.monotonic() + LIMITS["body_time"]
         while len(self.received) < head.length:
-            self.receive_more("body", end)
+            self.receive(end, "body")
         body = bytes(self.received[: head.length])
         del self.received[: head.length]
         self.unread = False
         return body
 
-    def receive_more(self, part: str, end: float) -> None:
-        """Wait for more of the head or the body. Raises Refused."""
-        try:
-            if not self.receive(end):
-                raise Refused("bad_request", f"The connection ended within the {part}.")
-        except TimeoutError:
-            late = f"The whole {part} must come within {LIMITS[f'{part}_time']} s."
-            raise Refused("request_timeout", late) from None
-
-    def receive(self, end: float) -> bool:
+    def receive(self, end: float, part: str = "") -> bool:
         """Wait for bytes until `end`, a moment of time.monotonic(), or up to a second longer.
 
-        False at the end of the connection. Raises TimeoutError.
+        False if none came. Within a `part` of a request, head or body, this raises Refused instead.
         """
         patience = int(end - time.monotonic()) + 1  # whole seconds, so that it seldom changes
-        if patience <= 0:
-            raise TimeoutError
-        if patience != self.patience:
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(patience))
-            self.patience = patience
-        try:
-            data = self.request.recv(65536)
-        except BlockingIOError:  # the time-out; Windows says TimeoutError
-            raise TimeoutError from None
-        self.received += data
+        data = None
+        if patience > 0:
+            if patience != self.patience:
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(patience))
+                self.patience = patience
+            with suppress(BlockingIOError, TimeoutError):  # the time-out; the second is that of Windows
+                data = self.request.recv(65536)
+        if part and data is None:
+            late = f"The whole {part} must come within {LIMITS[f'{part}_time']} s."
+            raise Refused("request_timeout", late)
+        if part and not data:
+            raise Refused("bad_request", f"The connection ended within the {part}.")
+        self.received += data or b""
         return bool(data)
 
     def write_reply(self, reply: Reply) -> None:
@@ -1966,48 +1924,8 @@ class Handler(BaseRequestHandler):
         """Read on for a moment: a close with unread bytes resets the connection (RFC 9112, section 9.6)."""
         self.request.shutdown(socket.SHUT_WR)
         end = time.monotonic() + LIMITS["linger"]
-        with suppress(TimeoutError):
-            while self.receive(end):
-                self.received.clear()
-
-
-class Threads:
-    """Threads that are used again, since to start one takes longer than many an answer.
-
-    One that has nothing to do ends after half a second.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.idle = 0  # threads that wait for a call, less the calls that wait for a thread
-        self.calls: SimpleQueue[tuple] = SimpleQueue()
-
-    def start(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call a function in another thread. Raises RuntimeError if the system has no thread left."""
-        with self.lock:
-            if self.idle:
-                self.idle -= 1
-                self.calls.put((function, *arguments))
-                return
-        _thread.start_new_thread(self._work, (function, *arguments))  # Thread.start() waits until it runs
-
-    def _work(self, *call: Any) -> None:
-        next_call: tuple | None = call
-        while next_call:
-            function, *arguments = next_call
-            function(*arguments)
-            next_call = self._wait()
-
-    def _wait(self) -> tuple | None:
-        with self.lock:
-            self.idle += 1
-        while True:
-            with suppress(Empty):
-                return self.calls.get(timeout=0.5)
-            with self.lock:
-                if self.idle:  # otherwise a call is on its way
-                    self.idle -= 1
-                    return None
+        while self.receive(end):
+            self.received.clear()
 
 
 class Server(ThreadingHTTPServer):
@@ -2030,8 +1948,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()  # the one that it made
         self.socket = listening
-        self.console, self.threads = Console(settings.log), Threads()
-        self.sessions = Sessions(settings, self.console, self.threads, database)
+        self.console = Console(settings.log)
+        self.sessions = Sessions(settings, self.console, database)
         self.endpoints = Endpoints(self)
         threading.Thread(target=self.sessions.sweep, name="sweep", daemon=True).start()
 
@@ -2058,7 +1976,7 @@ class Server(ThreadingHTTPServer):
         if len(self.connections) < self.settings.max_connections:
             self.connections.add(request)  # otherwise the handler answers 503
         try:
-            self.threads.start(self.process_request_thread, request, client_address)
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError:  # the system has no thread left
             self.shutdown_request(request)
 
@@ -2075,16 +1993,11 @@ class Server(ThreadingHTTPServer):
         self.shutdown()
         if not keeps_listening:
             self.server_close()
-        self._drain()
+        wait_until(lambda: len(self.connections - self.idle) <= len(self.streaming), 1)
         self.sessions.close()
-        wait_until(lambda: not self.streaming, 1)
-        self._drain()
+        wait_until(lambda: not self.connections - self.idle, 1)
         if self.database:
             self.database.close()
-
-    def _drain(self) -> None:
-        """Wait a second for the requests that were sent to be answered, except streams."""
-        wait_until(lambda: len(self.connections - self.idle) <= len(self.streaming), 1)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -2217,19 +2130,13 @@ def start_problem(settings: argparse.Namespace) -> str | None:
     return None
 
 
-def allowed_connections(wanted: int) -> int:
-    """How many connections there may be, each with a file descriptor, and one for its turn's model."""
-    try:
+def allow_many_files() -> None:
+    """Let this process open as many files as the system allows it: a connection is one, its model another."""
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit; macOS allows less than it says
         from resource import RLIMIT_NOFILE, getrlimit, setrlimit
-    except ImportError:  # on Windows, which has no such limit
-        return wanted
-    files = 2 * wanted + 100
-    soft, hard = getrlimit(RLIMIT_NOFILE)  # negative: no limit
-    if 0 <= soft < files:
-        with suppress(ValueError, OSError):  # macOS allows less than it says
-            setrlimit(RLIMIT_NOFILE, (files if hard < 0 else min(files, hard), hard))
-    soft = getrlimit(RLIMIT_NOFILE)[0]
-    return wanted if soft < 0 else max(1, min(wanted, (soft - 100) // 2))
+
+        most = getrlimit(RLIMIT_NOFILE)[1]
+        setrlimit(RLIMIT_NOFILE, (most, most))
 
 
 def fail(trouble: str) -> int:
@@ -2244,7 +2151,6 @@ def main() -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # in a locale without emoji
     reloaded = json.loads(os.environ.pop("STREAMCHAT_RELOADED", "{}"))
     settings = parse_arguments()
-    settings.max_connections = allowed_connections(settings.max_connections)
     if trouble := start_problem(settings):
         return fail(trouble)
     host, port, private = settings.host, settings.port, reloaded.get("private", "")
@@ -2264,6 +2170,7 @@ def main() -> int:
 
         private = private or mkdtemp(prefix="streamchat-")
         settings.db = f"{private}/sessions.db"
+    allow_many_files()
     if not FUNCTIONS:  # they may compute
         use_one_processor(listening.getsockname()[1])
     try:

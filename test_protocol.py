@@ -2068,6 +2068,7 @@ class TestCutConnections:
                 list(connection.lines(connection.read_head()))
             connection.abort()
         in_parallel(visit, range(300), workers=16)
+        assert wait_until(lambda: server.stats()["streams"] == [])
         assert wait_until(lambda: [len(list(folder.iterdir())) for folder in folders] <= at_first)
         stats = server.stats()
         assert (stats["streams"], stats["streaming_connections"], stats["successful_requests"]) == ([], 0, 301)
@@ -4738,6 +4739,7 @@ class TestModelsOfYourOwn:
             assert server.stop(f"s{number}")
         for _ in range(3):
             check_overloaded(server.request("POST", "/chat/stream", {"message": "Hi", "session_id": "another"}))
+        assert wait_until(lambda: server.request("GET", "/health").status == 200)   # its connections are counted, too
         assert server.stats()["streams"] == [] and server.get("/health")["active_sessions"] == 4
 
     @waits

@@ -222,9 +222,9 @@ class Turn:
 
     Each chunk has a moment, in microseconds of clock(), at which it is due. Then it is released: its line is
     added to the log. Chunks are due one after the other, at the pace of --chunk-delay. So the model may run
-    ahead, and a stop drops the chunks that are not due. If the model is done before its last chunk is due, that
-    chunk is held back: at its moment a reader ends the turn, and it is sent as the final one. Otherwise an
-    empty final chunk follows.
+    ahead, and a stop drops the chunks that are not due. If the model is done before its last chunk is due,
+    that chunk is held back: at its moment a reader ends the turn, and it is sent as the final one. Otherwise
+    an empty final chunk follows.
     """
 
     def __init__(self, sessions: Sessions, session: Session, turn_id: str, message: str, created: bool,
@@ -286,10 +286,6 @@ class Turn:
             self.lines.append(encode_chunk(text, len(self.texts), False, self.timestamp(due)))
             self.sessions.console.chunk_released(self, self.epoch + due)
         return now
-
-    def chunks(self) -> int:
-        """How many chunks have been released."""
-        return len(self.texts)
 
     def next_moment(self) -> int:
         """When the next chunk or the end is due; 0 if that depends on the model. (`changed` is held.)"""
@@ -393,10 +389,6 @@ class KeptTurn(NamedTuple):
     log: bytes  # its lines, compressed
     state: str = "complete"
 
-    def chunks(self) -> int:
-        """The same as Turn.chunks()."""
-        return zlib.decompress(self.log).count(b"\n") - OPENING - 1
-
     def follow(self, after: int, heartbeat: float) -> Generator[list[bytes]]:
         """The same as Turn.follow(); all lines are due."""
         lines = zlib.decompress(self.log).splitlines(keepends=True)
@@ -405,8 +397,6 @@ class KeptTurn(NamedTuple):
 
 class Session:
     """One conversation: an id, a model, a history, and at most one running turn."""
-
-    __slots__ = ("created_at", "history", "last_activity", "latest", "model", "session_id")
 
     def __init__(self, session_id: str, model: str, created_at: int, last_activity: int) -> None:
         """The times are microseconds since 1970."""
@@ -584,24 +574,23 @@ class Sessions:
                     del self.sessions[session_id]
 
     def sweep(self) -> None:
-        """Look after running turns ten times a second, in a thread of its own that never delays accept()."""
+        """Ten times a second, end turns that had no reader for the resume window, are over, or wait in vain.
+
+        In a thread of its own, so that it never delays accept().
+        """
+        window, silence = self.settings.resume_window * 1e6, LIMITS["model_silence"]
         while True:
             time.sleep(0.1)
             for turn in list(self.running):
-                self._look_after(turn)
-
-    def _look_after(self, turn: Turn) -> None:
-        """End a turn if it had no reader for the resume window, is over, or its model is silent."""
-        with turn.changed:
-            now = turn.release()  # the console logs chunks, also without a reader
-        silence, window = LIMITS["model_silence"], self.settings.resume_window * 1e6
-        if turn.deserted and not turn.readers and now - turn.deserted >= window:
-            self.end(turn, STOPPED)
-        elif turn.outcome and now - turn.last_due >= 100_000:  # no reader has ended it
-            self.end(turn, turn.outcome)
-        elif not turn.outcome and now - turn.heard >= silence * 1e6:
-            why = f"The model was silent for {silence} s. Send the same request again."
-            self.end(turn, Failure("model_cut", why))
+                with turn.changed:
+                    now = turn.release()  # the console logs chunks, also without a reader
+                if turn.deserted and not turn.readers and now - turn.deserted >= window:
+                    self.end(turn, STOPPED)
+                elif turn.outcome and now - turn.last_due >= 100_000:  # no reader has ended it
+                    self.end(turn, turn.outcome)
+                elif not turn.outcome and now - turn.heard >= silence * 1e6:
+                    why = f"The model was silent for {silence} s. Send the same request again."
+                    self.end(turn, Failure("model_cut", why))
 
     def close(self) -> None:
         """Begin no more turns, give running ones their grace, and end the rest."""
@@ -764,27 +753,26 @@ class GeminiAnswer:
         self.items.put(None)
 
     async def _run(self, model_id: str, history: list[Message]) -> None:
-        client = None
+        client, usage, word = None, None, ""
+        contents = [{"role": message.role, "parts": [{"text": message.text}]} for message in history]
         try:
             client = gemini_client()
-            self.items.put(await self._read(client, model_id, history))
+            stream = await client.aio.models.generate_content_stream(model=model_id, contents=contents)
+            async for response in stream:
+                self.items.put(response.text or "")
+                usage = gemini_usage(response.usage_metadata) or usage
+                if response.prompt_feedback and response.prompt_feedback.block_reason:
+                    blocked = response.prompt_feedback.block_reason.value
+                    self.items.put(Finish("content_filter", usage, blocked))
+                    return
+                if response.candidates and response.candidates[0].finish_reason:
+                    word = response.candidates[0].finish_reason.value
         except Exception as error:
             self.items.put(gemini_failure(model_id, error, at_setup=client is None))
-
-    async def _read(self, client: Any, model_id: str, history: list[Message]) -> Outcome:
-        contents = [{"role": message.role, "parts": [{"text": message.text}]} for message in history]
-        usage, word = None, ""
-        stream = await client.aio.models.generate_content_stream(model=model_id, contents=contents)
-        async for response in stream:
-            self.items.put(response.text or "")
-            usage = gemini_usage(response.usage_metadata) or usage
-            if response.prompt_feedback and response.prompt_feedback.block_reason:
-                return Finish("content_filter", usage, response.prompt_feedback.block_reason.value)
-            if response.candidates and response.candidates[0].finish_reason:
-                word = response.candidates[0].finish_reason.value
+            return
         if word in ("", "FINISH_REASON_UNSPECIFIED"):
-            return Failure("model_cut", f"{model_id}: The answer ended without a finish reason.")
-        return Finish(FINISH_REASONS.get(word, "other"), usage, word)
+            self.items.put(Failure("model_cut", f"{model_id}: The answer ended without a finish reason."))
+        self.items.put(Finish(FINISH_REASONS.get(word, "other"), usage, word))
 
 
 @cache
@@ -1016,14 +1004,6 @@ def box(title: str, rows: dict[str, str]) -> str:
     return "\n".join([head + "─" * (WIDTH + 1 - columns(head)) + "┐", *lines, f"└{'─' * WIDTH}┘"])
 
 
-def banner(rows: dict[str, str]) -> str:
-    """What a server shows at a terminal when it starts."""
-    title = f"{'📡 STREAMABLE HTTP CHAT SERVER 📡':^{WIDTH - 2}}"  # the emoji are two columns wider
-    lines = [f"║  {fit(f'{name}: {value}', WIDTH - 2)}║" for name, value in rows.items()]
-    edges = [f"{left}{'═' * WIDTH}{right}" for left, right in ("╔╗", "╠╣", "╚╝")]
-    return "\n".join([edges[0], f"║{title}║", edges[1], *lines, edges[2]])
-
-
 class Console:
     """Writes what happens: boxes at a terminal, otherwise a line of key=value for each event.
 
@@ -1091,7 +1071,7 @@ class Console:
 
     def turn_ended(self, turn: Turn, outcome: Outcome, active: int) -> None:
         """Log the end of a turn."""
-        rows = {"Session": turn.session.session_id, "Turn": turn.turn_id, "Total Chunks": turn.chunks(),
+        rows = {"Session": turn.session.session_id, "Turn": turn.turn_id, "Total Chunks": len(turn.texts),
                 "Total Time": f"{(turn.ended - turn.began) / 1e6:.3f}s", "Active Streams": active}
         if isinstance(outcome, Failure):
             self.errors.append(f"{turn.timestamp(turn.ended)} {outcome.code}: {outcome.message}")
@@ -1123,18 +1103,19 @@ class Console:
 
 
 def plain(event: str, rows: dict[str, Any], at: int) -> str:
-    """An event as a log line: a timestamp, the event and key=value for each row."""
-    words = [f"{re.sub('[ -]', '_', name.lower())}={word(str(value))}" for name, value in rows.items()]
-    return f"{stamp(at)} {event} {' '.join(words)}"
+    """An event as a log line: a timestamp, the event and key=value for each row.
 
-
-def word(text: str) -> str:
-    """A value in a log line: bare if it is one plain word, otherwise in quotes and with escapes."""
-    if re.fullmatch(r"[\w.:/+-]{1,100}", text, re.ASCII):
-        return text
-    if len(text) > LIMITS["log_text"]:
-        text = text[: LIMITS["log_text"]] + "..."
-    return escape(json.dumps(text, ensure_ascii=False))
+    A value that is not one plain word is in quotes, with escapes.
+    """
+    words = [stamp(at), event]
+    for name, value in rows.items():
+        text = str(value)
+        if not re.fullmatch(r"[\w.:/+-]{1,100}", text, re.ASCII):
+            if len(text) > LIMITS["log_text"]:
+                text = text[: LIMITS["log_text"]] + "..."
+            text = escape(json.dumps(text, ensure_ascii=False))
+        words.append(f"{re.sub('[ -]', '_', name.lower())}={text}")
+    return " ".join(words)
 
 
 # ---- requests: from bytes to a head that has passed the checks, and to the fields of a body --------------
@@ -1461,7 +1442,7 @@ class Endpoints:
             told, messages, turn = summary(session), session.messages(), session.latest
         latest = turn and {
             "turn_id": turn.turn_id, "state": "running" if told["streaming"] else turn.state,
-            "message": turn.message, "started": turn.started, "chunks": turn.chunks()}
+            "message": turn.message, "started": turn.started, "chunks": count_chunks(turn)}
         return reply_json({**told, "user_messages": len(messages) // 2, "model_messages": len(messages) // 2,
                            "session_duration_seconds": round(age(session), 3),
                            "messages": [message._asdict() for message in messages], "latest_turn": latest})
@@ -1484,7 +1465,7 @@ class Endpoints:
 
     def _streams(self) -> list[dict[str, Any]]:
         return [{"session_id": turn.session.session_id, "turn_id": turn.turn_id, "started": turn.started,
-                 "chunks": turn.chunks(), "readers": turn.readers, "client": turn.client}
+                 "chunks": len(turn.texts), "readers": turn.readers, "client": turn.client}
                 for turn in list(self.sessions.running)]
 
     def health(self, request: Request) -> Reply:
@@ -1549,6 +1530,13 @@ def summary(session: Session) -> dict[str, Any]:
     return {"session_id": session.session_id, "model": session.model,
             "message_count": 2 * len(session.history), "created_at": stamp(session.created_at),
             "last_activity": stamp(session.last_activity), "streaming": session.running_turn() is not None}
+
+
+def count_chunks(turn: Turn | KeptTurn) -> int:
+    """How many chunks have been released."""
+    if isinstance(turn, Turn):
+        return len(turn.texts)
+    return zlib.decompress(turn.log).count(b"\n") - OPENING - 1  # the terminal event
 
 
 def age(session: Session) -> float:
@@ -1948,15 +1936,12 @@ class Server(ThreadingHTTPServer):
         super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()  # the one that it made
         self.socket = listening
+        host, port = listening.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.console = Console(settings.log)
         self.sessions = Sessions(settings, self.console, database)
         self.endpoints = Endpoints(self)
         threading.Thread(target=self.sessions.sweep, name="sweep", daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        host, port = str(self.server_address[0]), self.server_address[1]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def curl(self, head: Head) -> str:
         """How a curl line for this client begins. A Host that is not a plain name is not repeated."""
@@ -2044,15 +2029,6 @@ class Watch:
         return True
 
 
-def hand_over(server: Server, seen: list, private: str) -> NoReturn:
-    """Run the new program in this process. `private` is the folder of a temporary database."""
-    listening = server.socket.fileno()
-    os.set_inheritable(listening, True)
-    os.environ["STREAMCHAT_RELOADED"] = json.dumps({"socket": listening, "seen": seen, "private": private})
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait until the new program can note them
-    os.execv(sys.executable, sys.orig_argv)
-
-
 # ---- main ------------------------------------------------------------------------------------------------
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -2130,15 +2106,6 @@ def start_problem(settings: argparse.Namespace) -> str | None:
     return None
 
 
-def allow_many_files() -> None:
-    """Let this process open as many files as the system allows it: a connection is one, its model another."""
-    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit; macOS allows less than it says
-        from resource import RLIMIT_NOFILE, getrlimit, setrlimit
-
-        most = getrlimit(RLIMIT_NOFILE)[1]
-        setrlimit(RLIMIT_NOFILE, (most, most))
-
-
 def fail(trouble: str) -> int:
     """Print one line on standard error, and return the exit status."""
     print(f"{Path(sys.argv[0]).name}: error: {escape(trouble)}", file=sys.stderr)
@@ -2170,9 +2137,7 @@ def main() -> int:
 
         private = private or mkdtemp(prefix="streamchat-")
         settings.db = f"{private}/sessions.db"
-    allow_many_files()
-    if not FUNCTIONS:  # they may compute
-        use_one_processor(listening.getsockname()[1])
+    claim_resources(listening.getsockname()[1])
     try:
         server = Server(listening, settings, Database(settings.db) if settings.db else None)
     except DatabaseError as error:
@@ -2181,11 +2146,13 @@ def main() -> int:
 
 
 def serve(server: Server, watch: Watch | None, private: str) -> NoReturn:
-    """Serve until a signal comes, and end the program; or until there is a new program, and run that."""
+    """Serve until a signal comes, and end the program; or until there is a new program, and run that.
+
+    `private` is the folder of a temporary database.
+    """
     signals: list[int] = []
     for each in SIGNALS:
-        is_hangup = each not in (signal.SIGINT, signal.SIGTERM)
-        if not is_hangup or signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores it
+        if each in SIGNALS[:2] or signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(each, lambda number, frame: signals.append(number))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -2199,7 +2166,12 @@ def serve(server: Server, watch: Watch | None, private: str) -> NoReturn:
     say_goodbye(server)
     server.console.close()
     if watch and restarts and not signals:
-        hand_over(server, watch.seen, private)
+        listening = server.socket.fileno()
+        os.set_inheritable(listening, True)
+        os.environ["STREAMCHAT_RELOADED"] = json.dumps(
+            {"socket": listening, "seen": watch.seen, "private": private})
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait until the new program can note them
+        os.execv(sys.executable, sys.orig_argv)
     if private:
         from shutil import rmtree
 
@@ -2207,14 +2179,19 @@ def serve(server: Server, watch: Watch | None, private: str) -> NoReturn:
     os._exit(0)  # the interpreter's own exit aborts if the console is stuck, and complains of a closed pipe
 
 
-def use_one_processor(port: int) -> None:
-    """Keep this thread, and those that it starts, on one processor (Linux).
+def claim_resources(port: int) -> None:
+    """Open as many files as the system allows (a connection is one), and use one processor (Linux).
 
     Python runs one thread at a time. The next one wakes faster where the last one ran, and must not interrupt
     it (SCHED_BATCH), since it would only wait for it. Together this doubles the requests per second. Servers
-    beside each other take different processors by their ports.
+    beside each other take different processors by their ports. A model of your own may need all of them.
     """
-    if hasattr(os, "SCHED_BATCH"):
+    with suppress(ImportError, ValueError, OSError):  # Windows has no limit; macOS allows less than it says
+        from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+
+        most = getrlimit(RLIMIT_NOFILE)[1]
+        setrlimit(RLIMIT_NOFILE, (most, most))
+    if hasattr(os, "SCHED_BATCH") and not FUNCTIONS:
         processors = sorted(os.sched_getaffinity(0))
         with suppress(OSError):  # a sandbox may forbid it
             os.sched_setaffinity(0, {processors[port % len(processors)]})
@@ -2228,7 +2205,10 @@ def greet(server: Server) -> None:
     rows = {"Model": settings.model, "Framework": FRAMEWORK, "Multi-turn": "ENABLED",
             "Streaming": "CHUNKED HTTP", "Sessions": sessions, "Status": "READY"}
     if console.pretty:
-        console.print(banner(rows))
+        edge = "═" * WIDTH
+        title = f"{'📡 STREAMABLE HTTP CHAT SERVER 📡':^{WIDTH - 2}}"  # the emoji are two columns wider
+        lines = [f"║  {fit(f'{name}: {value}', WIDTH - 2)}║" for name, value in rows.items()]
+        console.print("\n".join([f"╔{edge}╗", f"║{title}║", f"╠{edge}╣", *lines, f"╚{edge}╝"]))
         token = ' -H "Authorization: Bearer $STREAMCHAT_TOKEN"' if settings.token else ""
         console.print(f"Try: curl -N{token} -d '{{\"message\":\"Hello\"}}' {server.url}/chat/stream")
     else:

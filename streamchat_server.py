@@ -108,7 +108,6 @@ LIMITS = {
     "send": 30,  # seconds without progress after which a reader counts as gone
     "linger": 2,  # seconds in which a client may read an answer that was sent before its body was read
     "grace": 5,  # seconds that running turns get at shutdown
-    "retry_after": 5,  # seconds: a restart takes no longer
     "log_text": 500,  # characters of a text in a log line
     "console": 10_000,  # log lines that wait for a terminal which does not take them
 }
@@ -129,6 +128,11 @@ PROBLEMS = {  # code of a problem: status
     "overloaded": 503, "version_not_supported": 505,
 }
 
+PROBLEM_FIELDS = {  # code of a problem: further fields of its head
+    "unauthorized": {"WWW-Authenticate": "Bearer"},
+    "overloaded": {"Retry-After": "5"},  # seconds: a restart takes no longer
+}
+
 STREAM_ERRORS = {  # code of an `error` event: (retryable, the message if nothing says more)
     "model_error": (False, "The model failed; the server's log has the details."),
     "model_not_found": (False, "The model does not exist. Name another with --model or GENAI_MODEL_ID."),
@@ -147,7 +151,6 @@ class Refused(Exception):
     """A request that is answered by a problem: a code of PROBLEMS, and a sentence that says what to do."""
 
     def __init__(self, code: str, detail: str, allow: str = "") -> None:
-        super().__init__(code, detail)
         self.code, self.detail, self.allow = code, detail, allow
 
 
@@ -155,7 +158,6 @@ class Failure(Exception):
     """How a turn fails: a code of STREAM_ERRORS and a message of at most 1,000 characters."""
 
     def __init__(self, code: str, message: str = "") -> None:
-        super().__init__(code, message)
         self.code, self.message = code, (message or STREAM_ERRORS[code][1])[: LIMITS["error_message"]]
 
 
@@ -412,10 +414,10 @@ class Session:
 
     def find(self, turn_id: str) -> Turn | KeptTurn | None:
         """The turn with this id that is running or kept. A failed one is not found, since it is run again."""
-        latest = self.latest  # a turn that was stopped before any text is complete, but not in the history
-        if isinstance(latest, Turn) and latest.turn_id == turn_id and latest.state != "failed":
-            return latest
-        return next((turn for turn in reversed(self.history) if turn.turn_id == turn_id), None)
+        for turn in [self.latest, *self.history]:
+            if turn and turn.turn_id == turn_id and turn.state != "failed":
+                return turn
+        return None
 
     def messages(self) -> list[Message]:
         """The history: two messages for each turn."""
@@ -455,7 +457,7 @@ class Sessions:
         """A new session. Raises Refused: session_exists, overloaded."""
         now = wall_clock()
         session = Session(session_id, model, now, now)
-        with self.alone(session_id):
+        with self.alone(session_id), self.alone("new"):  # the second one counts sessions, and is no id
             if session_id in self.sessions:
                 raise Refused("session_exists", f"The session {session_id} exists. Choose another id.")
             if len(self.sessions) >= LIMITS["sessions"]:
@@ -555,9 +557,11 @@ class Sessions:
             self.first_chunks.append((turn.first_due - turn.began) / 1e6)
 
     def stop(self, session_id: str, turn_id: str | None) -> bool:
-        """Stop the running turn if it is the one named, or if none is named. True if this ended a turn."""
+        """Stop the running turn if it is the one named, or if none is named. True if that completed it."""
         turn = self.get(session_id).running_turn()
-        return turn is not None and turn_id in (None, turn.turn_id) and self.end(turn, STOPPED)
+        if not turn or turn_id not in (None, turn.turn_id):
+            return False
+        return self.end(turn, STOPPED) and turn.state == "complete"
 
     def clear(self, session_id: str, deletes: bool) -> None:
         """Forget the history, or the whole session, and end a running turn."""
@@ -650,9 +654,7 @@ def split(piece: str, words: int) -> list[str]:
     """
     size = LIMITS["chunk"]
     piece = re.sub("[\ud800-\udfff]", "\ufffd", piece)
-    texts = re.findall(rf"\s*(?:\S+\s*){{1,{min(words, size)}}}|\s+", piece)
-    if len(max(texts, key=len, default="")) <= size:
-        return texts
+    texts = re.findall(rf"\s*(?:\S+\s*){{1,{words}}}|\s+", piece)
     return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
 
 
@@ -703,8 +705,7 @@ def offline(history: list[Message]) -> Iterator[str]:
 DEFAULT_GEMINI = "gemini-3.8-flash"
 GEMINI_CODES = {401: "model_auth", 403: "model_auth", 404: "model_not_found", 429: "model_overloaded",
                 503: "model_overloaded"}  # of a status; any other is a model_error
-FILTERS = ["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "ESCALATION",
-           "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"]
+FILTERS = ["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "ESCALATION"]
 FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length", **dict.fromkeys(FILTERS, "content_filter")}
 PROXIES = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"]
 NETWORK = [*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL"]
@@ -772,7 +773,8 @@ class GeminiAnswer:
             return
         if word in ("", "FINISH_REASON_UNSPECIFIED"):
             self.items.put(Failure("model_cut", f"{model_id}: The answer ended without a finish reason."))
-        self.items.put(Finish(FINISH_REASONS.get(word, "other"), usage, word))
+        else:
+            self.items.put(Finish(FINISH_REASONS.get(word, "other"), usage, word))
 
 
 @cache
@@ -908,9 +910,8 @@ class Database:
             if application != APPLICATION_ID:
                 raise OSError("it belongs to another program")
             if version != SCHEMA_VERSION:
-                made = "a newer" if version > SCHEMA_VERSION else "an older"
-                why = f"its schema is {version}, not {SCHEMA_VERSION}"
-                raise OSError(f"{made} version of this program made it: {why}")
+                raise OSError(f"another version of this program made it: its schema is {version}, "
+                              f"not {SCHEMA_VERSION}")
             if damage != "ok":
                 raise OSError(f"it is damaged ({' '.join(damage.split())})")
             if self.path.stat().st_size % page:
@@ -1050,10 +1051,13 @@ class Console:
 
     def trouble(self, error: BaseException) -> None:
         """Log an error that somebody must fix, on standard error in every mode. A bug has its traceback."""
-        said = traceback.format_exception_only(error)[-1].strip()
+        is_bug, said = not isinstance(error, DatabaseError), type(error).__name__
+        shows_text = self.mode != "brief" or not is_bug  # a model's error may quote the message
+        if shows_text:
+            said = traceback.format_exception_only(error)[-1].strip()
         lines = [plain("trouble", {"Error": said}, wall_clock())]
         self.errors.append(lines[0])
-        if not isinstance(error, DatabaseError):
+        if is_bug and shows_text:
             lines += map(escape, "".join(traceback.format_exception(error)).splitlines())
         self.print("\n".join(lines), sys.stderr)
 
@@ -1136,7 +1140,6 @@ class Head:
 
     def __init__(self, head: bytes) -> None:
         """`head` lacks the empty line at its end."""
-        check_bytes(head, 0, 0)
         first, *rows = head.decode("latin-1").removesuffix("\r\n").split("\r\n")
         match = REQUEST_LINE.fullmatch(first)
         if not match:
@@ -1255,27 +1258,22 @@ def find_head(received: bytearray, known: int) -> tuple[Head, int] | None:
     A head is judged when it is whole. Only control characters, a bare CR or LF and a length above the limits
     are refused before. `known` bytes were there at the last call.
     """
-    begin = 0
+    begin, limit = 0, LIMITS["request_line"]
     while begin < 4 and received.startswith(b"\r\n", begin):  # empty lines: RFC 9112, section 2.2
         begin += 2
     end = received.find(b"\r\n\r\n", begin, begin + LIMITS["head"])
+    head = bytes(received[begin : end + 2 if end >= 0 else begin + LIMITS["head"]])
+    is_long = len(head) >= limit and b"\r\n" not in head[:limit]
+    # The last byte that was known may have been a CR.
+    if BROKEN.search(head, max(known - begin - 1, 0), limit if is_long else len(head)):
+        raise Refused("bad_request", "A head has no control characters, and CR and LF only together.")
+    if is_long:
+        raise Refused("uri_too_long", f"A request line must have at most {limit >> 10} KiB.")
     if end >= 0:
-        return cached_head(bytes(received[begin : end + 2])), end + 4
-    check_bytes(received, begin, known)
-    if len(received) - begin >= LIMITS["head"]:
+        return cached_head(head), end + 4
+    if len(head) >= LIMITS["head"]:
         raise Refused("headers_too_large", f"The head must have at most {LIMITS['head'] >> 10} KiB.")
     return None
-
-
-def check_bytes(data: bytes | bytearray, begin: int, known: int) -> None:
-    """Refuse control characters, CR or LF alone, or a request line that is too long: what comes first."""
-    limit = begin + LIMITS["request_line"]
-    in_request_line = data.find(b"\r\n", begin, limit) < 0
-    end = limit if in_request_line else begin + LIMITS["head"]
-    if BROKEN.search(data, max(known - 1, 0), end):  # the last byte that was known may have been a CR
-        raise Refused("bad_request", "A head has no control characters, and CR and LF only together.")
-    if in_request_line and len(data) >= limit:
-        raise Refused("uri_too_long", f"A request line must have at most {LIMITS['request_line'] >> 10} KiB.")
 
 
 @lru_cache(64)
@@ -1334,15 +1332,6 @@ def check_message(message: Any) -> str:
 # ---- endpoints: a request in, a reply or a stream out ----------------------------------------------------
 
 
-class Request(NamedTuple):
-    """A request that has passed the checks before its endpoint."""
-
-    head: Head
-    session_id: str  # in the path, or ""
-    fields: dict[str, Any]  # of the JSON body; empty if the endpoint takes none
-    client: str  # IP address
-
-
 class Reply(NamedTuple):
     """An answer whose length is known."""
 
@@ -1351,11 +1340,7 @@ class Reply(NamedTuple):
     body: bytes = b""
 
 
-class Stream(NamedTuple):
-    """An answer that follows a turn, without chunks 1 to `after`."""
-
-    turn: Turn | KeptTurn
-    after: int = 0
+Stream = Generator[list[bytes]]  # what Turn.follow() yields
 
 
 def reply_json(body: dict[str, Any], status: int = 200, kind: str = "json", **more: str) -> Reply:
@@ -1366,27 +1351,29 @@ def reply_json(body: dict[str, Any], status: int = 200, kind: str = "json", **mo
 
 def problem(refused: Refused) -> Reply:
     """RFC 9457, problem details."""
-    status = PROBLEMS[refused.code]
-    more = {"Allow": refused.allow} if refused.allow else {}
-    if refused.code == "overloaded":
-        more["Retry-After"] = str(LIMITS["retry_after"])
-    if refused.code == "unauthorized":
-        more["WWW-Authenticate"] = "Bearer"
+    status, fields = PROBLEMS[refused.code], PROBLEM_FIELDS.get(refused.code, {})
+    if refused.allow:
+        fields = {"Allow": refused.allow}
     return reply_json({"type": "about:blank", "title": TITLES[status], "status": status,
-                       "detail": refused.detail, "code": refused.code}, status, "problem+json", **more)
+                       "detail": refused.detail, "code": refused.code}, status, "problem+json", **fields)
 
 
-class Endpoints:
-    """The functions that serve the routes. They raise Refused and DatabaseError."""
+class Endpoints(BaseRequestHandler):
+    """The part of a Handler that serves the routes. Methods raise Refused and DatabaseError."""
 
-    def __init__(self, server: Server) -> None:
-        self.server, self.sessions = server, server.sessions
+    server: Server
+    sessions: Sessions
+    head: Any  # of the request: a Head, or None before there is one
+    session_id: str  # in the path, or ""
+    allow: str  # methods that the path takes
+    cors: dict[str, str]  # fields that let an allowed page of another origin read the answer
+    fields: dict[str, Any]  # of the JSON body; empty if the endpoint takes none
 
-    def chat_stream(self, request: Request) -> Stream:
-        message = check_message(request.fields.get("message"))
-        turn_id = check_id("turn_id", request.fields.get("turn_id"))
-        in_path = check_id("session_id", request.session_id or None)
-        in_body = check_id("session_id", request.fields.get("session_id"))
+    def chat_stream(self) -> Stream:
+        message = check_message(self.fields.get("message"))
+        turn_id = check_id("turn_id", self.fields.get("turn_id"))
+        in_path = check_id("session_id", self.session_id or None)
+        in_body = check_id("session_id", self.fields.get("session_id"))
         session_id = in_path or in_body
         if in_body not in (None, session_id):
             raise Refused("invalid_field", f"The path names the session {in_path}, and the body {in_body}.")
@@ -1394,34 +1381,34 @@ class Endpoints:
             raise Refused("invalid_field", "turn_id needs a session_id: it names a turn of one session.")
         try:
             session_id = session_id or str(uuid.uuid4())
-            return Stream(self.sessions.begin(message, session_id, turn_id, request.client))
+            turn = self.sessions.begin(message, session_id, turn_id, self.client_address[0])
+            return turn.follow(0, self.server.settings.heartbeat)
         except Refused as refused:
             if refused.code == "session_busy":
-                curl = self.server.curl(request.head)
+                curl = self.server.curl(self.head)
                 refused.detail += f" This stops it: {curl}/sessions/{session_id}/stop -X POST"
             raise
 
     session_stream = chat_stream
 
-    def resume_stream(self, request: Request) -> Stream:
-        values = parse_qs(request.head.query, keep_blank_values=True).get("after", ["0"])
+    def resume_stream(self) -> Stream:
+        values = parse_qs(self.head.query, keep_blank_values=True).get("after", ["0"])
         if len(values) > 1 or not re.fullmatch("[0-9]{1,9}", values[0]):
             raise Refused("invalid_field", "after must be a number of 1 to 9 digits: your last chunk.")
-        session = self.sessions.get(request.session_id)
-        kept = session.history[-1:]  # after a restart there is no latest turn
-        turn = session.latest or (kept[0] if kept else None)
+        session = self.sessions.get(self.session_id)
+        turn = session.latest or next(reversed(session.history), None)  # the second one after a restart
         if not turn:
             raise Refused("no_turn", "This session has no turn yet. POST a message to it.")
-        return Stream(turn, int(values[0]))
+        return turn.follow(int(values[0]), self.server.settings.heartbeat)
 
-    def stop_turn(self, request: Request) -> Reply:
-        stopped = self.sessions.stop(request.session_id, check_id("turn_id", request.fields.get("turn_id")))
+    def stop_turn(self) -> Reply:
+        stopped = self.sessions.stop(self.session_id, check_id("turn_id", self.fields.get("turn_id")))
         message = "The turn is stopped." if stopped else "No such turn was running."
         return reply_json({"message": message, "stopped": stopped})
 
-    def new_session(self, request: Request) -> Reply:
-        session_id = check_id("session_id", request.fields.get("session_id"))
-        model = check_id("model_id", request.fields.get("model_id"), MODEL_ID)
+    def new_session(self) -> Reply:
+        session_id = check_id("session_id", self.fields.get("session_id"))
+        model = check_id("model_id", self.fields.get("model_id"), MODEL_ID)
         trouble = model and model_problem(model)
         if trouble:
             raise Refused("invalid_field", trouble)
@@ -1430,29 +1417,29 @@ class Endpoints:
         return reply_json({"session_id": session.session_id, "model": session.model,
                            "timestamp": stamp(session.created_at)})
 
-    def list_sessions(self, request: Request) -> Reply:
+    def list_sessions(self) -> Reply:
         with self.sessions.lock:
             found = sorted(self.sessions.sessions.values(), key=lambda each: each.last_activity, reverse=True)
             rows = [{**summary(each), "duration_minutes": round(age(each) / 60, 2)} for each in found]
         return reply_json({"active_sessions": len(rows), "sessions": rows})
 
-    def get_session(self, request: Request) -> Reply:
-        session = self.sessions.get(request.session_id)
+    def get_session(self) -> Reply:
+        session = self.sessions.get(self.session_id)
         with self.sessions.lock:
             told, messages, turn = summary(session), session.messages(), session.latest
         latest = turn and {
-            "turn_id": turn.turn_id, "state": "running" if told["streaming"] else turn.state,
+            "turn_id": turn.turn_id, "state": turn.state,
             "message": turn.message, "started": turn.started, "chunks": count_chunks(turn)}
         return reply_json({**told, "user_messages": len(messages) // 2, "model_messages": len(messages) // 2,
                            "session_duration_seconds": round(age(session), 3),
                            "messages": [message._asdict() for message in messages], "latest_turn": latest})
 
-    def clear_session(self, request: Request) -> Reply:
-        self.sessions.clear(request.session_id, deletes=False)
+    def clear_session(self) -> Reply:
+        self.sessions.clear(self.session_id, deletes=False)
         return reply_json({"message": "The session's history is cleared."})
 
-    def delete_session(self, request: Request) -> Reply:
-        self.sessions.clear(request.session_id, deletes=True)
+    def delete_session(self) -> Reply:
+        self.sessions.clear(self.session_id, deletes=True)
         return reply_json({"message": "The session is deleted."})
 
     def _health(self) -> dict[str, Any]:
@@ -1468,11 +1455,11 @@ class Endpoints:
                  "chunks": len(turn.texts), "readers": turn.readers, "client": turn.client}
                 for turn in list(self.sessions.running)]
 
-    def health(self, request: Request) -> Reply:
+    def health(self) -> Reply:
         with self.sessions.lock:
             return reply_json(self._health())
 
-    def stats(self, request: Request) -> Reply:
+    def stats(self) -> Reply:
         counts = self.sessions
         with counts.lock:
             ended, first = max(counts.successful + counts.failed, 1), sorted(counts.first_chunks) or [0]
@@ -1484,7 +1471,7 @@ class Endpoints:
                 "time_to_first_chunk": {f"p{rank}": first[len(first) * rank // 100] for rank in (50, 95)},
                 "streams": self._streams(), "framework": FRAMEWORK})
 
-    def index(self, request: Request) -> Reply:
+    def index(self) -> Reply:
         settings = self.server.settings
         features = ["multi-turn sessions", "resume", "retry by turn_id", "stop"]
         if settings.db:
@@ -1493,10 +1480,10 @@ class Endpoints:
                            "model": settings.model, "features": features, "endpoints": {
                                route.name: f"{route.method} {route.path}" for route in self.server.routes}})
 
-    def openapi(self, request: Request) -> Reply:
+    def openapi(self) -> Reply:
         return reply_json(describe(self.server.routes))
 
-    def demo(self, request: Request) -> Reply:
+    def demo(self) -> Reply:
         """The page. Only its own script and style run, by their hashes (CSP Level 3)."""
         from base64 import b64encode
         from hashlib import sha256  # loads OpenSSL, so only with the page
@@ -1517,10 +1504,15 @@ class Endpoints:
 
     docs = demo
 
-    def debug(self, request: Request) -> Reply:
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        threads = [f"{names.get(ident, 'connection or turn')}: {frame.f_code.co_qualname}, {frame.f_lineno}"
-                   for ident, frame in sys._current_frames().items()]
+    def options(self) -> Reply:
+        """What the path takes, and for an allowed page what it may send (Fetch Standard, 3.3)."""
+        preflight = {"Access-Control-Allow-Methods": self.allow, "Access-Control-Max-Age": "600",
+                     "Access-Control-Allow-Headers": "Authorization, Content-Type"}
+        return Reply(204, {"Allow": self.allow, **(preflight if self.cors else {})})
+
+    def debug(self) -> Reply:
+        threads = [f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
+                   for frame in sys._current_frames().values()]
         return reply_json({"threads": threads, "running_turns": self._streams(), "limits": LIMITS,
                            "last_errors": list(self.server.console.errors)})
 
@@ -1556,14 +1548,15 @@ AFTER = {"name": "after", "in": "query", "required": False,
          "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999, "default": 0}}
 
 
-def schema(required: str, **properties: dict) -> dict[str, Any]:
-    """The schema of a JSON object. `required` are names of properties, with spaces between them."""
-    return {"type": "object", "properties": properties, "required": required.split()}
+def schema(**properties: Any) -> dict[str, Any]:
+    """The schema of a JSON object. Only a property that may be null may be missing."""
+    required = [name for name, each in properties.items() if "null" not in each.get("type", ())]
+    return {"type": "object", "properties": properties, "required": required}
 
 
-CHAT = {**schema("message", message=MESSAGE, session_id=SESSION_ID, turn_id=TURN_ID),
+CHAT = {**schema(message=MESSAGE, session_id=SESSION_ID, turn_id=TURN_ID),
         "dependentRequired": {"turn_id": ["session_id"]}}
-SESSION_CHAT = schema("message", message=MESSAGE, turn_id=TURN_ID)
+SESSION_CHAT = schema(message=MESSAGE, turn_id=TURN_ID)
 
 NDJSON = "application/x-ndjson"
 NOW = "2026-11-24T10:00:00.123456+00:00"
@@ -1600,7 +1593,7 @@ ROUTES = [
     Route("chat_stream", "POST", "/chat/stream", "Send a message; the answer is a stream", NDJSON, CHAT),
     Route("new_session", "POST", "/sessions/new", "Create a session",
           {"session_id": "demo", "model": "offline", "timestamp": NOW},
-          schema("", session_id=SESSION_ID, model_id=MODEL)),
+          schema(session_id=SESSION_ID, model_id=MODEL)),
     Route("list_sessions", "GET", "/sessions", "List the sessions, last active first",
           {"active_sessions": 1, "sessions": [{**SUMMARY_EXAMPLE, "duration_minutes": 1.25}]}),
     Route("get_session", "GET", "/sessions/{session_id}", "One session and its history", SESSION_EXAMPLE),
@@ -1611,7 +1604,7 @@ ROUTES = [
     Route("session_stream", "POST", "/sessions/{session_id}/stream",
           "Send a message to this session; the answer is a stream", NDJSON, SESSION_CHAT),
     Route("stop_turn", "POST", "/sessions/{session_id}/stop", "Stop the running turn and keep its text",
-          {"message": "The turn is stopped.", "stopped": True}, schema("", turn_id=TURN_ID)),
+          {"message": "The turn is stopped.", "stopped": True}, schema(turn_id=TURN_ID)),
     Route("clear_session", "POST", "/sessions/{session_id}/clear", "Clear a session's history",
           {"message": "The session's history is cleared."}),
     Route("health", "GET", "/health", "Whether the server is alive, and its counters", HEALTH_EXAMPLE),
@@ -1623,16 +1616,17 @@ ROUTES = [
     Route("demo", "GET", "/demo", "The page", "text/html"),
     Route("docs", "GET", "/docs", "The page, opened at its API view", "text/html"),
     Route("debug", "GET", "/debug", "Threads, turns, limits, the last errors (only with --debug)",
-          {"threads": ["MainThread: main, 1"], "running_turns": [], "limits": {}, "last_errors": []}),
+          {"threads": ["serve, line 1"], "running_turns": [], "limits": {}, "last_errors": []}),
 ]
 PUBLIC = {"/", "/health", "/openapi.json", "/demo", "/docs"}  # they need no token
 SESSION_PATH = re.compile(r"/sessions/(?!new$)([^/]+)(/[^/]+)?")
 
+OPTIONS = Route("options", "OPTIONS", "", "What a path takes", {})
 Paths = dict[str, dict[str, Route]]  # path: {method: route}
 
 
-def find_routes(paths: Paths, method: str, path: str) -> tuple[dict[str, Route], str]:
-    """The routes at a path by method, and the session_id in the path.
+def find_route(paths: Paths, method: str, path: str) -> tuple[Route, str, str]:
+    """The route, the session_id in the path, and the methods that the path takes.
 
     Raises Refused: not_found, method_not_allowed.
     """
@@ -1640,37 +1634,32 @@ def find_routes(paths: Paths, method: str, path: str) -> tuple[dict[str, Route],
     session_id, known = "", path
     if match:
         session_id, known = unquote(match[1]), f"/sessions/{{session_id}}{match[2] or ''}"
-    methods = paths.get(known)
-    if methods is None:
+    if known not in paths:
         raise Refused("not_found", f"There is nothing at {path[:200]}. GET / lists the endpoints.")
-    if method not in methods and method != "OPTIONS":
-        allow = ", ".join([*methods, "OPTIONS"])
+    allow = ", ".join(paths[known])
+    if method not in paths[known]:
         raise Refused("method_not_allowed", f"This path takes {allow}.", allow)
-    return methods, session_id
+    return paths[known][method], session_id, allow
 
 
 # ---- OpenAPI: the routes and events as a description for programs ----------------------------------------
 
+TURN = {"session_id": IDENTIFIER, "turn_id": IDENTIFIER, "timestamp": TIME}
 EVENTS = {  # type of an event: schema
-    "session_info": schema("session_id turn_id model created timestamp", session_id=IDENTIFIER,
-                           turn_id=IDENTIFIER, model=TEXT, created=FLAG, timestamp=TIME),
-    "status": schema("message context_messages", message=TEXT, context_messages=COUNT),
-    "chunk": schema("text chunk_number is_final timestamp",
-                    text={"type": "string", "maxLength": LIMITS["chunk"], "examples": ["Hello "]},
+    "session_info": schema(**TURN, model=TEXT, created=FLAG),
+    "status": schema(message=TEXT, context_messages=COUNT),
+    "chunk": schema(text={"type": "string", "maxLength": LIMITS["chunk"], "examples": ["Hello "]},
                     chunk_number={"type": "integer", "minimum": 1}, is_final=FLAG, timestamp=TIME),
     "complete": schema(
-        "finish_reason total_chunks processing_time message_count session_id turn_id timestamp",
-        finish_reason={"enum": ["stop", "length", "content_filter", "cancelled", "other"]},
-        total_chunks=COUNT, processing_time={"type": "number", "minimum": 0}, message_count=COUNT,
-        usage=schema("", input_tokens=COUNT, output_tokens=COUNT, total_tokens=COUNT),
-        session_id=IDENTIFIER, turn_id=IDENTIFIER, timestamp=TIME),
-    "error": schema("code message retryable session_id turn_id timestamp", code={"enum": [*STREAM_ERRORS]},
-                    message={"type": "string", "maxLength": LIMITS["error_message"]}, retryable=FLAG,
-                    session_id=IDENTIFIER, turn_id=IDENTIFIER, timestamp=TIME),
-    "ping": schema("timestamp", timestamp=TIME),
+        finish_reason={"enum": ["stop", "length", "content_filter", "cancelled", "other"]}, total_chunks=COUNT,
+        processing_time={"type": "number", "minimum": 0}, message_count=COUNT, **TURN),
+    "error": schema(code={"enum": [*STREAM_ERRORS]}, retryable=FLAG, **TURN,
+                    message={"type": "string", "maxLength": LIMITS["error_message"]}),
+    "ping": schema(timestamp=TIME),
 }
-PROBLEM = schema("type title status detail code", type=TEXT, title=TEXT, status=COUNT, detail=TEXT,
-                 code={"enum": [*PROBLEMS]})
+EVENTS["complete"]["properties"]["usage"] = schema(  # where the model tells
+    input_tokens=COUNT, output_tokens=COUNT, total_tokens=COUNT)
+PROBLEM = schema(type=TEXT, title=TEXT, status=COUNT, detail=TEXT, code={"enum": [*PROBLEMS]})
 
 
 def describe(routes: list[Route]) -> dict[str, Any]:
@@ -1736,17 +1725,17 @@ def response_head(status: int, fields: dict[str, str], closes: bool) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-class Handler(BaseRequestHandler):
+class Handler(Endpoints):
     """One connection: requests in order, each answered by a reply or a stream."""
 
-    server: Server
     request: socket.socket
 
     def setup(self) -> None:
+        self.sessions = self.server.sessions
         self.received = bytearray()  # and not yet read as a request
         self.patience = 0  # seconds: the time-out of the socket
         self.head: Head | None = None  # of the request that is being served
-        self.cors: dict[str, str] = {}  # fields of its answer
+        self.cors = {}
         self.unread = self.closes = False  # whether its body was not read; whether the connection is to end
 
     def handle(self) -> None:
@@ -1771,10 +1760,10 @@ class Handler(BaseRequestHandler):
         answer = self.respond()
         # What follows an unread body, or a head that cannot be read, is not a request.
         self.closes = self.unread or self.head is None or self.head.closes
-        if isinstance(answer, Stream):
-            self.write_stream(answer)
-        elif answer:
+        if isinstance(answer, Reply):
             self.write_reply(answer)
+        elif answer:
+            self.write_stream(answer)
         if answer and self.closes:
             self.linger()
 
@@ -1802,19 +1791,12 @@ class Handler(BaseRequestHandler):
         head.check_host(server.settings)
         self.cors = head.check_origin(server.settings)
         head.check_token(server.settings.token)
-        routes, session_id = find_routes(server.paths, head.method, head.path)
-        route = routes.get(head.method)
-        takes = route.body if route else None
-        head.check_body(takes is not None, server.curl)
+        route, self.session_id, self.allow = find_route(server.paths, head.method, head.path)
+        head.check_body(route.body is not None, server.curl)
         body = self.read_body(head) if head.has_body else b""
-        if route is None:
-            allow = ", ".join([*routes, "OPTIONS"])
-            preflight = {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600",
-                         "Access-Control-Allow-Headers": "Authorization, Content-Type"}
-            return Reply(204, {"Allow": allow, **(preflight if self.cors else {})})
-        fields = parse_json(body) if takes and (body or takes["required"]) else {}
-        request = Request(head, session_id, fields, self.client_address[0])
-        return getattr(server.endpoints, route.name)(request)
+        is_read = route.body and (body or route.body["required"])
+        self.fields = parse_json(body) if is_read else {}
+        return getattr(self, route.name)()
 
     def read_head(self) -> Head | None:
         """The next head; None if the connection ends or stays idle. Empty lines before it are idle time."""
@@ -1848,8 +1830,7 @@ class Handler(BaseRequestHandler):
 
         False if none came. Within a `part` of a request, head or body, this raises Refused instead.
         """
-        patience = int(end - time.monotonic()) + 1  # whole seconds, so that it seldom changes
-        data = None
+        data, patience = None, int(end - time.monotonic()) + 1  # whole seconds, so that it seldom changes
         if patience > 0:
             if patience != self.patience:
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(patience))
@@ -1884,17 +1865,16 @@ class Handler(BaseRequestHandler):
         if self.head.method == "HEAD":
             self.send(start)
             return
-        follow = stream.turn.follow(stream.after, self.server.settings.heartbeat)
         self.server.streaming.add(self)
         try:
-            for lines in follow:
+            for lines in stream:
                 lines = lines or [encode(type="ping", timestamp=stamp(wall_clock()))]
                 data = start + b"".join(map(transfer_chunk, lines) if chunked else lines)
                 is_end = chunked and lines[-1].startswith(TERMINAL)
                 self.send(data + b"0\r\n\r\n" if is_end else data)
                 start = b""
         finally:
-            follow.close()
+            stream.close()
             self.server.streaming.discard(self)
 
     def send(self, data: bytes) -> None:
@@ -1930,6 +1910,8 @@ class Server(ThreadingHTTPServer):
         for route in self.routes:
             methods = [route.method, "HEAD"] if route.method == "GET" else [route.method]
             self.paths.setdefault(route.path, {}).update(dict.fromkeys(methods, route))
+        for path in self.paths.values():
+            path["OPTIONS"] = OPTIONS
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()  # connections that wait for another request
         self.streaming: set[Handler] = set()  # connections that are being sent a stream
@@ -1940,7 +1922,6 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.console = Console(settings.log)
         self.sessions = Sessions(settings, self.console, database)
-        self.endpoints = Endpoints(self)
         threading.Thread(target=self.sessions.sweep, name="sweep", daemon=True).start()
 
     def curl(self, head: Head) -> str:
@@ -1960,10 +1941,7 @@ class Server(ThreadingHTTPServer):
         """Serve a connection in a thread."""
         if len(self.connections) < self.settings.max_connections:
             self.connections.add(request)  # otherwise the handler answers 503
-        try:
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
-        except RuntimeError:  # the system has no thread left
-            self.shutdown_request(request)
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.discard(request)

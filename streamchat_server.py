@@ -53,7 +53,7 @@ if not {"ssl", "http.client", "http.server"} & sys.modules.keys():
     __import__("http.server")
     del sys.modules["ssl"], sys.modules["http.client"]
 
-import _thread
+import _thread  # Thread.start() would wait until the new thread runs
 import argparse
 import json
 import os
@@ -166,7 +166,7 @@ class Finish(NamedTuple):
 
     reason: str
     usage: dict[str, int] | None = None
-    word: str = "stop"
+    word: str = ""
 
 
 STOPPED = Finish("cancelled")
@@ -225,8 +225,8 @@ class Turn:
     Each chunk has a moment, in microseconds of clock(), at which it is due. Then it is released: its line is
     added to the log. Chunks are due one after the other, at the pace of --chunk-delay. So the model may run
     ahead, and a stop drops the chunks that are not due. If the model is done before its last chunk is due,
-    that chunk is held back: at its moment a reader ends the turn, and it is sent as the final one. Otherwise
-    an empty final chunk follows.
+    that chunk is held back until the turn ends at its moment, and is the final one. Otherwise an empty final
+    chunk follows.
     """
 
     def __init__(self, sessions: Sessions, session: Session, turn_id: str, message: str, created: bool,
@@ -272,28 +272,24 @@ class Turn:
                     self.pending.append((self.last_due, text))
                 self.changed.notify_all()
 
-    def model_done(self, outcome: Outcome) -> None:
-        """From now on the turn waits only until its last chunk is due."""
+    def wait_for_pace(self, outcome: Outcome) -> None:
+        """The model is done: wait until its last chunk is due, or until something else ends the turn."""
         with self.changed:
             self.release()
             self.outcome = outcome
-            self.changed.notify_all()
+            if self.pending:
+                self.changed.wait_for(lambda: self.is_ending, (self.last_due - clock()) / 1e6)
 
     def release(self) -> int:
         """Add the chunks that are due to the log. Returns the moment. (`changed` is held.)"""
-        now, held_back = clock(), 1 if isinstance(self.outcome, Finish) else 0
+        now = clock()
+        held_back = 1 if isinstance(self.outcome, Finish) else 0  # a failed turn has no final chunk
         while len(self.pending) > held_back and self.pending[0][0] <= now:
             due, text = self.pending.popleft()
             self.texts.append(text)
             self.lines.append(encode_chunk(text, len(self.texts), False, self.timestamp(due)))
             self.sessions.console.chunk_released(self, self.epoch + due)
         return now
-
-    def next_moment(self) -> int:
-        """When the next chunk or the end is due; 0 if that depends on the model. (`changed` is held.)"""
-        if self.pending:
-            return self.pending[0][0]
-        return self.last_due if self.outcome else 0
 
     def ending(self, outcome: Outcome) -> list[bytes]:
         """Take no more chunks, and drop those that are not due. Returns the lines that end the log.
@@ -305,9 +301,11 @@ class Turn:
             if outcome is not self.outcome:
                 self.outcome = None  # something else ends the turn, so no chunk is held back
             self.ended = self.release()
-            self.final = self.pending[0][1] if isinstance(self.outcome, Finish) and self.pending else ""
-            self.outcome = None
+            if isinstance(self.outcome, Finish) and self.pending:
+                due, self.final = self.pending.pop()
+                self.ended = max(self.ended, due)  # a wait may be a microsecond too short
             self.pending.clear()
+            self.changed.notify_all()  # wait_for_pace()
         timestamp = self.timestamp(self.ended)
         ids = {"session_id": self.session.session_id, "turn_id": self.turn_id, "timestamp": timestamp}
         if isinstance(outcome, Failure):
@@ -329,10 +327,10 @@ class Turn:
         self.lines += ending
         self.changed.notify_all()
 
-    def follow(self, after: int, heartbeat: float) -> Generator[list[bytes]]:
+    def follow(self, after: int) -> Generator[list[bytes]]:
         """Yield the log without chunks 1 to `after`, as many lines at a time as there are.
 
-        The terminal event comes last. An empty list means that `heartbeat` seconds passed without a line.
+        The terminal event comes last. An empty list means that --heartbeat seconds passed without a line.
         """
         with self.changed:
             self.readers += 1
@@ -344,19 +342,18 @@ class Turn:
                     now, running = self.release(), self.state == "running"
                     if not running:
                         at = min(at, len(self.lines) - 1)  # the terminal event comes whatever `after` was
-                    lines, due = self.lines[at:], self.next_moment()
-                    rest = spoken + round(heartbeat * 1e6) - now
+                    lines = self.lines[at:]
+                    rest = spoken + round(self.sessions.settings.heartbeat * 1e6) - now
                     waits = running and not lines and rest > 0
-                    if waits and not due:
+                    pause = self.pending[0][0] - now if self.pending else 0
+                    if waits and pause <= 0:  # what comes next depends on another thread
                         self.changed.wait(rest / 1e6)
                         continue
-                if not waits:
+                if waits:  # a sleep costs half of a wait on the Condition
+                    time.sleep(min(pause, rest, 100_000) / 1e6)
+                else:
                     yield lines
                     at, spoken = at + len(lines), clock()
-                elif due > now:  # a sleep costs half of a wait on the Condition
-                    time.sleep(min(due - now, rest, 100_000) / 1e6)
-                else:
-                    self.sessions.end(self, self.outcome)
         finally:
             with self.changed:
                 self.readers -= 1
@@ -391,7 +388,7 @@ class KeptTurn(NamedTuple):
     log: bytes  # its lines, compressed
     state: str = "complete"
 
-    def follow(self, after: int, heartbeat: float) -> Generator[list[bytes]]:
+    def follow(self, after: int) -> Generator[list[bytes]]:
         """The same as Turn.follow(); all lines are due."""
         lines = zlib.decompress(self.log).splitlines(keepends=True)
         yield lines[:OPENING] + lines[OPENING + after : -1] + lines[-1:]
@@ -493,7 +490,7 @@ class Sessions:
                 self.running[turn] = None
             self.console.turn_started(turn, len(self.running))
             try:
-                _thread.start_new_thread(self._run, (turn,))  # Thread.start() would wait until it runs
+                _thread.start_new_thread(self._run, (turn,))
             except RuntimeError:  # the system has no thread left
                 self.end(turn, Failure("internal_error"))
             return turn
@@ -504,9 +501,8 @@ class Sessions:
             self.models += 1
         try:
             outcome = run_model(turn, self.settings.chunk_words)
-            turn.model_done(outcome)
-            if not turn.pending:
-                self.end(turn, outcome)
+            turn.wait_for_pace(outcome)
+            self.end(turn, outcome)
         finally:
             with self.lock:
                 self.models -= 1
@@ -578,7 +574,7 @@ class Sessions:
                     del self.sessions[session_id]
 
     def sweep(self) -> None:
-        """Ten times a second, end turns that had no reader for the resume window, are over, or wait in vain.
+        """Ten times a second, end turns that had no reader for the resume window, or whose model is silent.
 
         In a thread of its own, so that it never delays accept().
         """
@@ -590,8 +586,6 @@ class Sessions:
                     now = turn.release()  # the console logs chunks, also without a reader
                 if turn.deserted and not turn.readers and now - turn.deserted >= window:
                     self.end(turn, STOPPED)
-                elif turn.outcome and now - turn.last_due >= 100_000:  # no reader has ended it
-                    self.end(turn, turn.outcome)
                 elif not turn.outcome and now - turn.heard >= silence * 1e6:
                     why = f"The model was silent for {silence} s. Send the same request again."
                     self.end(turn, Failure("model_cut", why))
@@ -617,7 +611,7 @@ def run_model(turn: Turn, words: int) -> Outcome:
 
     An answer without any text is a failure.
     """
-    finish = Finish("stop")
+    finish = Finish("stop", word="stop")
     new = Message("user", turn.message, turn.started, turn.turn_id)
     try:
         turn.pieces = call_model(turn.session.model, [*turn.session.messages(), new])
@@ -867,7 +861,7 @@ class Database:
         self.sqlite3 = import_module("sqlite3")  # not loaded without --db
         self.path, self.lock = Path(os.path.realpath(file)), threading.Lock()
         try:
-            if os.path.lexists(self.path) and not self.path.is_file():
+            if os.path.lexists(self.path) and not self.path.is_file():  # a device, or a link to itself
                 raise OSError("it is not a file")
             # The lock is on a file of its own, so that others can read this one. It ends with the process.
             self.owner = self._connect(f"{self.path}-lock")
@@ -1382,7 +1376,7 @@ class Endpoints(BaseRequestHandler):
         try:
             session_id = session_id or str(uuid.uuid4())
             turn = self.sessions.begin(message, session_id, turn_id, self.client_address[0])
-            return turn.follow(0, self.server.settings.heartbeat)
+            return turn.follow(0)
         except Refused as refused:
             if refused.code == "session_busy":
                 curl = self.server.curl(self.head)
@@ -1399,7 +1393,7 @@ class Endpoints(BaseRequestHandler):
         turn = session.latest or next(reversed(session.history), None)  # the second one after a restart
         if not turn:
             raise Refused("no_turn", "This session has no turn yet. POST a message to it.")
-        return turn.follow(int(values[0]), self.server.settings.heartbeat)
+        return turn.follow(int(values[0]))
 
     def stop_turn(self) -> Reply:
         stopped = self.sessions.stop(self.session_id, check_id("turn_id", self.fields.get("turn_id")))
@@ -1651,8 +1645,8 @@ EVENTS = {  # type of an event: schema
     "chunk": schema(text={"type": "string", "maxLength": LIMITS["chunk"], "examples": ["Hello "]},
                     chunk_number={"type": "integer", "minimum": 1}, is_final=FLAG, timestamp=TIME),
     "complete": schema(
-        finish_reason={"enum": ["stop", "length", "content_filter", "cancelled", "other"]}, total_chunks=COUNT,
-        processing_time={"type": "number", "minimum": 0}, message_count=COUNT, **TURN),
+        finish_reason={"enum": ["stop", "length", "content_filter", "cancelled", "other"]}, **TURN,
+        total_chunks=COUNT, message_count=COUNT, processing_time={"type": "number", "minimum": 0}),
     "error": schema(code={"enum": [*STREAM_ERRORS]}, retryable=FLAG, **TURN,
                     message={"type": "string", "maxLength": LIMITS["error_message"]}),
     "ping": schema(timestamp=TIME),
@@ -1973,43 +1967,30 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 # ---- reload: the same process runs the new program, with the listening socket and the sessions -----------
 
 
-class Watch:
-    """Notices that the program or the page has changed."""
+def look() -> list:
+    """What tells one version of the program and the page from another."""
+    found: list = []
+    for path in (PROGRAM, PAGE):
+        with suppress(OSError):  # it is missing while an editor saves it
+            found.append([path.name, path.stat().st_mtime_ns, path.stat().st_size])
+    return found
 
-    def __init__(self, seen: list | None) -> None:
-        """`seen` is what the program before this one had seen of the files."""
-        self.last = self.look()
-        self.seen = seen or self.last
 
-    def look(self) -> list:
-        """What tells one version of the files from another."""
-        found: list = []
-        for path in (PROGRAM, PAGE):
-            with suppress(OSError):  # it is missing while an editor saves it
-                found.append([path.name, path.stat().st_mtime_ns, path.stat().st_size])
-        return found
+def new_program_starts() -> bool:
+    """Whether the program, as it is now, starts with the same flags. What it says of an error is shown."""
+    import subprocess
 
-    def has_news(self) -> bool:
-        """Whether there is something new to serve. A program that does not start is shown, and not served."""
-        before, self.last = self.last, self.look()
-        is_whole = self.last == before and PROGRAM.exists()  # otherwise it is being written
-        if self.last == self.seen or not is_whole:
-            return False
-        self.seen = self.last
-        import subprocess
-
-        command, trial = [sys.executable, *sys.orig_argv[1:]], {"STREAMCHAT_RELOADED": '{"trial": true}'}
-        try:
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | trial, timeout=10)
-        except (OSError, subprocess.SubprocessError):
-            print("The new program does not start. The old one goes on.", file=sys.stderr, flush=True)
-            return False
-        return True
+    command, trial = [sys.executable, *sys.orig_argv[1:]], {"STREAMCHAT_RELOADED": '{"trial": true}'}
+    try:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | trial, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        print("The new program does not start. The old one goes on.", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 # ---- main ------------------------------------------------------------------------------------------------
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 NUMBERS = [  # flag, type, default, lowest, highest, help
     ("--port", int, 8000, 0, 65535, "0 takes a free one"),
     ("--chunk-words", int, 4, 1, 1_000_000_000, "words in a chunk at most"),
@@ -2018,7 +1999,6 @@ NUMBERS = [  # flag, type, default, lowest, highest, help
     ("--heartbeat", float, 10, 0.000001, 15, "seconds of silence after which a reader gets a ping"),
     ("--max-connections", int, 1000, 1, 1_000_000_000, "connections at most, and running turns at most"),
 ]
-
 
 SHAPES = [  # flag, pattern, what it must be
     ("--token", r"[!-~]+", "printable ASCII without spaces"),
@@ -2120,35 +2100,38 @@ def main() -> int:
         server = Server(listening, settings, Database(settings.db) if settings.db else None)
     except DatabaseError as error:
         return fail(str(error))
-    serve(server, Watch(reloaded.get("seen")) if settings.reload else None, private)
+    serve(server, reloaded.get("seen") or look(), private)
 
 
-def serve(server: Server, watch: Watch | None, private: str) -> NoReturn:
-    """Serve until a signal comes, and end the program; or until there is a new program, and run that.
+def serve(server: Server, seen: list, private: str) -> NoReturn:
+    """Serve until a signal comes, and end the program; with --reload also until it has changed, and run it.
 
-    `private` is the folder of a temporary database.
+    `seen` is the version that is served, and `private` the folder of a temporary database.
     """
     signals: list[int] = []
-    for each in SIGNALS:
-        if each in SIGNALS[:2] or signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        each = getattr(signal, name, None)  # Windows has no SIGHUP
+        if each and (name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN):  # nohup ignores it
             signal.signal(each, lambda number, frame: signals.append(number))
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     sys.setswitchinterval(0.05)  # seconds; with many streams, the default of 0.005 is mostly switching
     greet(server)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    while not signals and not (watch and watch.has_news()):
+    last, restarts = seen, False
+    while not signals and not restarts:
         time.sleep(0.1)
-    restarts = watch is not None and not signals
+        if server.settings.reload:
+            before, last = last, look()
+            if seen != last == before:  # otherwise it is being written
+                seen = last
+                restarts = new_program_starts()
     server.close(restarts)
     say_goodbye(server)
     server.console.close()
-    if watch and restarts and not signals:
+    if restarts and not signals:
         listening = server.socket.fileno()
         os.set_inheritable(listening, True)
-        os.environ["STREAMCHAT_RELOADED"] = json.dumps(
-            {"socket": listening, "seen": watch.seen, "private": private})
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait until the new program can note them
+        told = {"socket": listening, "seen": seen, "private": private}
+        os.environ["STREAMCHAT_RELOADED"] = json.dumps(told)
         os.execv(sys.executable, sys.orig_argv)
     if private:
         from shutil import rmtree

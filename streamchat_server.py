@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 r"""Streamable HTTP chat: multi-turn chat with a language model over plain HTTP/1.1, in one file.
 
-A client POSTs a message. The answer is a stream of events. Each event is one line of JSON, and each line is
-sent, once it is due, as a chunk of the chunked transfer coding (a "transfer chunk": size in hex, CRLF, data,
-CRLF):
+A client POSTs a message. The server answers with a stream of events. Each event is one line of JSON. The
+server sends each line as a chunk of the chunked transfer coding, here called a transfer chunk: its size in
+hex, CRLF, the line, CRLF.
 
     > POST /sessions/demo/stream HTTP/1.1
     > Host: localhost:8000
@@ -15,6 +15,7 @@ CRLF):
     < HTTP/1.1 200 OK
     < Content-Type: application/x-ndjson
     < Transfer-Encoding: chunked
+    < …
     <
     < 8c
     < {"type":"session_info","session_id":"demo","turn_id":"t-1","model":"offline","created":true,…}
@@ -32,14 +33,15 @@ CRLF):
     < 0
     <
 
-The last line is a terminal event, `complete` or `error`. A stream without one was cut, but its turn goes on
-for 30 s without readers: a client that was cut off sends the same POST again, with its `turn_id`, and gets
-the same lines. `complete` adds the message and the answer to the history; `error` adds nothing. README.md has
-the whole protocol.
+The last line is a terminal event, `complete` or `error`. If a stream ends without one, the connection was
+cut. Its turn goes on. The client sends the same POST with the same `turn_id`, and gets the same lines. Or it
+GETs /sessions/demo/stream?after=N, and gets the lines after chunk N. A turn that has no reader for 30 s is
+stopped. `complete` adds the message and the answer to the history, if there is any text; `error` adds
+nothing. README.md has the whole protocol.
 
-A Handler reads a request from its connection, checks it and calls the endpoint for its path. A POST begins a
-Turn: a thread runs the model and adds the answer to the turn piece by piece. The handler follows the turn and
-sends its lines. A retry, a resume and a second reader follow the same turn.
+A Handler reads a request from its connection, checks it and calls the endpoint for its path. A POST starts a
+Turn. A thread of its own runs the model and adds the answer to the turn, piece by piece. Each handler that
+follows the turn sends its lines to one client.
 """
 
 from __future__ import annotations
@@ -47,13 +49,13 @@ from __future__ import annotations
 import sys
 
 if not {"ssl", "http.client", "http.server"} & sys.modules.keys():
-    # http.server loads http.client, which would load OpenSSL: a sixth of this server's memory, for nothing.
-    # A model that needs it later loads both again.
+    # http.server imports http.client, and that imports ssl: a sixth of this server's memory, for nothing. So
+    # the import of ssl fails here. A model that imports either of them later gets it whole.
     sys.modules["ssl"] = None  # type: ignore[assignment]
     __import__("http.server")
     del sys.modules["ssl"], sys.modules["http.client"]
 
-import _thread  # Thread.start() would wait until the new thread runs
+import _thread  # start_new_thread() returns at once; Thread.start() waits until the thread runs
 import argparse
 import json
 import os
@@ -90,15 +92,15 @@ PAGE = PROGRAM.with_name("demo.html")
 VERSION = "2.0"
 FRAMEWORK = "Python http.server + HTTP Streaming"
 
-# ---- limits and codes: the numbers and words of the protocol ---------------------------------------------
+# ---- limits, and the codes of problems and errors -------------------------------------------------------
 
 LIMITS = {
-    "message": 100_000,  # characters: a short book's chapter
+    "message": 100_000,  # characters: about 50 pages
     "body": 2 << 20,  # bytes: 100,000 characters, each written as two \uXXXX, and room for the other fields
-    "request_line": 8 << 10,  # bytes with its CRLF: the least that RFC 9112, section 3, recommends
+    "request_line": 8 << 10,  # bytes with its CRLF; RFC 9112, section 3, recommends at least 8,000
     "head": 32 << 10,  # bytes with its last empty line: nginx's four buffers of 8 KiB
     "fields": 100,  # in a head: as in Apache and http.client
-    "head_time": 10,  # seconds from the first byte of a head to its last: it is one packet or a few
+    "head_time": 10,  # seconds from the first byte of a head to its last: a head fits into a few packets
     "body_time": 30,  # seconds from the end of the head to the end of the body: 2 MiB at 70 KB/s
     "idle": 60,  # seconds between two requests; nginx allows 75
     "sessions": 10_000,  # a thousand people with ten each
@@ -106,10 +108,10 @@ LIMITS = {
     "error_message": 1000,  # characters: a sentence for a person, not a page of HTML
     "model_silence": 120,  # seconds without a piece: longer than a model thinks, shorter than a person waits
     "send": 30,  # seconds without progress after which a reader counts as gone
-    "linger": 2,  # seconds in which a client may read an answer that was sent before its body was read
+    "linger": 2,  # seconds for which the server still reads after its last answer on a connection
     "grace": 5,  # seconds that running turns get at shutdown
     "log_text": 500,  # characters of a text in a log line
-    "console": 10_000,  # log lines that wait for a terminal which does not take them
+    "console": 10_000,  # log lines that may wait for a slow terminal; more are dropped
 }
 
 ID = r"[A-Za-z0-9_-]{1,64}"
@@ -130,10 +132,10 @@ PROBLEMS = {  # code of a problem: status
 
 PROBLEM_FIELDS = {  # code of a problem: further fields of its head
     "unauthorized": {"WWW-Authenticate": "Bearer"},
-    "overloaded": {"Retry-After": "5"},  # seconds: a restart takes no longer
+    "overloaded": {"Retry-After": "5"},  # seconds: most restarts take no longer
 }
 
-STREAM_ERRORS = {  # code of an `error` event: (retryable, the message if nothing says more)
+STREAM_ERRORS = {  # code of an `error` event: (retryable, default message)
     "model_error": (False, "The model failed; the server's log has the details."),
     "model_not_found": (False, "The model does not exist. Name another with --model or GENAI_MODEL_ID."),
     "model_auth": (False, "The model's service refused the key. Check GOOGLE_API_KEY or GEMINI_API_KEY."),
@@ -148,21 +150,21 @@ STREAM_ERRORS = {  # code of an `error` event: (retryable, the message if nothin
 
 
 class Refused(Exception):
-    """A request that is answered by a problem: a code of PROBLEMS, and a sentence that says what to do."""
+    """Raised to answer a request with a problem: a code of PROBLEMS, and a sentence that says what to do."""
 
     def __init__(self, code: str, detail: str, allow: str = "") -> None:
         self.code, self.detail, self.allow = code, detail, allow
 
 
 class Failure(Exception):
-    """How a turn fails: a code of STREAM_ERRORS and a message of at most 1,000 characters."""
+    """Why a turn failed: a code of STREAM_ERRORS and a message of at most 1,000 characters."""
 
     def __init__(self, code: str, message: str = "") -> None:
         self.code, self.message = code, (message or STREAM_ERRORS[code][1])[: LIMITS["error_message"]]
 
 
 class Finish(NamedTuple):
-    """How a turn completes: a finish_reason, `usage` if the model reports it, and the model's own word."""
+    """How a turn completed: a finish_reason, `usage` if the model reports it, and its own word for it."""
 
     reason: str
     usage: dict[str, int] | None = None
@@ -178,7 +180,7 @@ COMPACT = json.JSONEncoder(separators=(",", ":"))
 
 
 def clock() -> int:
-    """Monotonic time in whole microseconds, so that a pace of 0.1 s is never 0.099999 s."""
+    """Monotonic time in microseconds. Sums of integers are exact: a pace of 0.1 s is never 0.099999 s."""
     return time.monotonic_ns() // 1000
 
 
@@ -187,7 +189,7 @@ def wall_clock() -> int:
     return time.time_ns() // 1000
 
 
-@lru_cache(64)  # three times as fast as isoformat()
+@lru_cache(64)  # isoformat() would take three times as long
 def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
@@ -203,15 +205,17 @@ def encode(**event: Any) -> bytes:
 
 
 def encode_chunk(text: str, number: int, is_final: bool, timestamp: str) -> bytes:
-    """The same for the most frequent event, several times as fast."""
-    final = "true" if is_final else "false"
+    """encode() for the most frequent event, several times as fast."""
     return (f'{{"type":"chunk","text":{encode_basestring_ascii(text)},"chunk_number":{number},'
-            f'"is_final":{final},"timestamp":"{timestamp}"}}\n').encode()
+            f'"is_final":{"true" if is_final else "false"},"timestamp":"{timestamp}"}}\n').encode()
 
 
 def transfer_chunk(line: bytes) -> bytes:
     """A line in the chunked transfer coding (RFC 9112, section 7.1)."""
     return b"%x\r\n%b\r\n" % (len(line), line)
+
+
+Stream = Generator[list[bytes]]  # the lines of a log, as many at a time as there are
 
 
 # ---- turn: a log of lines that any number of readers follow ----------------------------------------------
@@ -222,11 +226,10 @@ OPENING = 2  # lines before the chunks: session_info and status
 class Turn:
     """One user message and its answer, as a log of lines.
 
-    Each chunk has a moment, in microseconds of clock(), at which it is due. Then it is released: its line is
-    added to the log. Chunks are due one after the other, at the pace of --chunk-delay. So the model may run
-    ahead, and a stop drops the chunks that are not due. If the model is done before its last chunk is due,
-    that chunk is held back until the turn ends at its moment, and is the final one. Otherwise an empty final
-    chunk follows.
+    Each chunk has a moment at which it is due. release() adds the chunks that are due to the log. The moments
+    are --chunk-delay apart, so the model may be ahead of the log. If the turn is stopped, the chunks that are
+    not due are dropped. If the model ends before its last chunk is due, that chunk is held back and becomes
+    the final one. If the model ends later, the final chunk is empty. Moments are microseconds of clock().
     """
 
     def __init__(self, sessions: Sessions, session: Session, turn_id: str, message: str, created: bool,
@@ -236,11 +239,11 @@ class Turn:
         self.turn_id, self.message, self.client = turn_id, message, client
         self.context_messages = 2 * len(session.history)
         self.delay = round(sessions.settings.chunk_delay * 1e6)
-        self.changed = threading.Condition()  # guards what follows, and wakes readers
+        self.changed = threading.Condition()  # guards writes to what follows, and wakes readers
         self.state = "running"  # then "complete" or "failed"
-        self.is_ending = False  # no more chunks are taken
+        self.sealed = False  # the log takes no more chunks, and is written to disk before the state changes
         self.began = self.ended = clock()
-        self.epoch = wall_clock() - self.began  # one for the turn, so that a step of the clock never shows
+        self.epoch = wall_clock() - self.began  # a later change of the wall clock does not show in this turn
         self.started = self.timestamp(self.began)
         self.lines = [
             encode(type="session_info", session_id=session.session_id, turn_id=turn_id, model=session.model,
@@ -249,7 +252,7 @@ class Turn:
         self.texts: list[str] = []  # of the chunks in the log
         self.pending: deque[tuple[int, str]] = deque()  # moments and texts of the chunks that are not due
         self.first_due: int | None = None  # the moment of the first chunk
-        self.last_due = self.began - self.delay  # and of the last
+        self.last_due = self.began - self.delay  # and of the last; so the first one is due at once
         self.heard = self.began  # the model's last sign of life
         self.pieces: Any = None  # the model's iterator, while it runs
         self.outcome: Any = None  # how the model ended, once it is done
@@ -262,9 +265,9 @@ class Turn:
         return stamp(self.epoch + moment)
 
     def add(self, texts: list[str]) -> None:
-        """Add chunks at the pace. Once the turn is ending, they are dropped."""
+        """Add chunks at the pace. If the log is sealed, they are dropped."""
         with self.changed:
-            if not self.is_ending:
+            if not self.sealed:
                 self.heard = clock()
                 for text in texts:
                     self.last_due = max(self.heard, self.last_due + self.delay)
@@ -275,15 +278,16 @@ class Turn:
     def wait_for_pace(self, outcome: Outcome) -> None:
         """The model is done: wait until its last chunk is due, or until something else ends the turn."""
         with self.changed:
-            self.release()
+            self.release()  # first, so that a chunk that is due is never held back
             self.outcome = outcome
             if self.pending:
-                self.changed.wait_for(lambda: self.is_ending, (self.last_due - clock()) / 1e6)
+                rest = (self.last_due - clock()) / 1e6
+                self.changed.wait_for(lambda: self.sealed, min(rest, threading.TIMEOUT_MAX))
 
     def release(self) -> int:
         """Add the chunks that are due to the log. Returns the moment. (`changed` is held.)"""
         now = clock()
-        held_back = 1 if isinstance(self.outcome, Finish) else 0  # a failed turn has no final chunk
+        held_back = 1 if isinstance(self.outcome, Finish) else 0  # an error is not preceded by a final chunk
         while len(self.pending) > held_back and self.pending[0][0] <= now:
             due, text = self.pending.popleft()
             self.texts.append(text)
@@ -291,15 +295,12 @@ class Turn:
             self.sessions.console.chunk_released(self, self.epoch + due)
         return now
 
-    def ending(self, outcome: Outcome) -> list[bytes]:
-        """Take no more chunks, and drop those that are not due. Returns the lines that end the log.
-
-        The turn is written to disk between this and finish().
-        """
+    def seal(self, outcome: Outcome) -> list[bytes]:
+        """Take no more chunks, and drop those that are not due. Returns the lines that publish() adds."""
         with self.changed:
-            self.is_ending = True
+            self.sealed = True
             if outcome is not self.outcome:
-                self.outcome = None  # something else ends the turn, so no chunk is held back
+                self.outcome = None  # a stop, for example: no chunk is held back
             self.ended = self.release()
             if isinstance(self.outcome, Finish) and self.pending:
                 due, self.final = self.pending.pop()
@@ -311,15 +312,16 @@ class Turn:
         if isinstance(outcome, Failure):
             return [encode(type="error", code=outcome.code, message=outcome.message,
                            retryable=STREAM_ERRORS[outcome.code][0], **ids)]
-        total, gained = len(self.texts) + 1, 2 if self.texts else 0
+        total = len(self.texts) + 1
+        gained = 2 if self.texts else 0  # messages in the history
         usage = {"usage": outcome.usage} if outcome.usage else {}
         return [encode_chunk(self.final, total, True, timestamp), encode(
             type="complete", finish_reason=outcome.reason, total_chunks=total,
             processing_time=(self.ended - self.began) / 1e6, message_count=self.context_messages + gained,
             **usage, **ids)]
 
-    def finish(self, outcome: Outcome, ending: list[bytes]) -> None:
-        """End the turn. (`changed` is held.)"""
+    def publish(self, outcome: Outcome, ending: list[bytes]) -> None:
+        """Add the lines that seal() returned. (`changed` is held.)"""
         self.state = "failed" if isinstance(outcome, Failure) else "complete"
         if self.state == "complete":
             self.texts.append(self.final)
@@ -327,7 +329,7 @@ class Turn:
         self.lines += ending
         self.changed.notify_all()
 
-    def follow(self, after: int) -> Generator[list[bytes]]:
+    def follow(self, after: int) -> Stream:
         """Yield the log without chunks 1 to `after`, as many lines at a time as there are.
 
         The terminal event comes last. An empty list means that --heartbeat seconds passed without a line.
@@ -343,13 +345,13 @@ class Turn:
                     if not running:
                         at = min(at, len(self.lines) - 1)  # the terminal event comes whatever `after` was
                     lines = self.lines[at:]
-                    rest = spoken + round(self.sessions.settings.heartbeat * 1e6) - now
+                    rest = spoken + round(self.sessions.settings.heartbeat * 1e6) - now  # until a ping
+                    pause = self.pending[0][0] - now if self.pending else 0  # until the next chunk is due
                     waits = running and not lines and rest > 0
-                    pause = self.pending[0][0] - now if self.pending else 0
-                    if waits and pause <= 0:  # what comes next depends on another thread
+                    if waits and pause <= 0:  # another thread decides what comes next
                         self.changed.wait(rest / 1e6)
                         continue
-                if waits:  # a sleep costs half of a wait on the Condition
+                if waits:  # half the cost of Condition.wait(); so a stop is seen up to 0.1 s later
                     time.sleep(min(pause, rest, 100_000) / 1e6)
                 else:
                     yield lines
@@ -363,9 +365,9 @@ class Turn:
 
 # ---- sessions: histories, and at most one running turn in each -------------------------------------------
 #
-# Locks are taken in this order: Sessions.alone(), which locks one session; Sessions.lock, which guards the
-# dict of sessions, their histories and the counters; `changed` of a Turn, which guards its log. Only the
-# first is held while a thread waits for the disk.
+# Locks are taken in this order: Sessions.alone() of a session, and of "new"; then either Database.lock, or
+# Sessions.lock, which guards changes of the dict of sessions, their histories and the counters, and after it
+# `changed` of a Turn, which guards its log. No thread waits for the disk under the last two.
 
 
 class Message(NamedTuple):
@@ -388,8 +390,8 @@ class KeptTurn(NamedTuple):
     log: bytes  # its lines, compressed
     state: str = "complete"
 
-    def follow(self, after: int) -> Generator[list[bytes]]:
-        """The same as Turn.follow(); all lines are due."""
+    def follow(self, after: int) -> Stream:
+        """The same as Turn.follow(); the log is whole."""
         lines = zlib.decompress(self.log).splitlines(keepends=True)
         yield lines[:OPENING] + lines[OPENING + after : -1] + lines[-1:]
 
@@ -405,7 +407,7 @@ class Session:
         self.latest: Turn | KeptTurn | None = None  # the latest turn since the server started
 
     def running_turn(self) -> Turn | None:
-        """The turn that keeps this session busy."""
+        """The running turn, or None."""
         latest = self.latest  # read once: another thread may change it
         return latest if isinstance(latest, Turn) and latest.state == "running" else None
 
@@ -454,7 +456,7 @@ class Sessions:
         """A new session. Raises Refused: session_exists, overloaded."""
         now = wall_clock()
         session = Session(session_id, model, now, now)
-        with self.alone(session_id), self.alone("new"):  # the second one counts sessions, and is no id
+        with self.alone(session_id), self.alone("new"):  # no session is called new: one thread counts them
             if session_id in self.sessions:
                 raise Refused("session_exists", f"The session {session_id} exists. Choose another id.")
             if len(self.sessions) >= LIMITS["sessions"]:
@@ -474,9 +476,9 @@ class Sessions:
         with self.alone(session_id):
             session = self.sessions.get(session_id)
             known = session.find(turn_id) if session and turn_id else None
-            if known and known.message != message:
-                raise Refused("turn_id_reused", f"The turn {turn_id} has another message. Choose a new id.")
             if known:
+                if known.message != message:
+                    raise Refused("turn_id_reused", f"{turn_id} has another message. Choose a new turn_id.")
                 return known
             if session and session.running_turn():
                 raise Refused("session_busy", "A turn is running in this session. Wait for it, or stop it.")
@@ -508,15 +510,15 @@ class Sessions:
                 self.models -= 1
 
     def end(self, turn: Turn, outcome: Outcome) -> bool:
-        """End a turn in one step: lines, history, counters, and the session is free. False if it had ended.
+        """End a turn: write it, publish its last lines, keep it, and count it. False if it had ended before.
 
-        The turn is on disk before anybody can read that it is complete. If it cannot be written, it fails.
+        No reader sees `complete` before the turn is on disk. If the write fails, the turn fails.
         """
         session, kept = turn.session, None
         with self.alone(session.session_id):
             if turn.state != "running":
                 return False
-            ending = turn.ending(outcome)
+            ending = turn.seal(outcome)
             if isinstance(outcome, Finish) and turn.texts:
                 kept = KeptTurn(turn.turn_id, turn.message, "".join(turn.texts) + turn.final, turn.started,
                                 turn.timestamp(turn.ended), zlib.compress(b"".join(turn.lines + ending), 1))
@@ -526,12 +528,12 @@ class Sessions:
                 except DatabaseError as error:
                     self.console.trouble(error)
                     kept, outcome = None, Failure("internal_error")
-                    ending = turn.ending(outcome)
+                    ending = turn.seal(outcome)
             with self.lock, turn.changed:
-                turn.finish(outcome, ending)
+                turn.publish(outcome, ending)
                 if kept:
                     session.history.append(kept)
-                session.latest = kept or turn  # a kept turn is compressed: so its long log is let go
+                session.latest = kept or turn  # a kept turn is compressed, so the long log can be freed
                 session.last_activity = turn.epoch + turn.ended
                 self._count(turn)
             self.console.turn_ended(turn, outcome, len(self.running))
@@ -542,10 +544,8 @@ class Sessions:
 
     def _count(self, turn: Turn) -> None:
         del self.running[turn]
-        if turn.state == "complete":
-            self.successful += 1
-        else:
-            self.failed += 1
+        self.successful += turn.state == "complete"
+        self.failed += turn.state == "failed"
         self.chunks += len(turn.texts)
         self.bytes += sum(map(len, turn.lines))
         self.response_time += (turn.ended - turn.began) / 1e6
@@ -553,11 +553,13 @@ class Sessions:
             self.first_chunks.append((turn.first_due - turn.began) / 1e6)
 
     def stop(self, session_id: str, turn_id: str | None) -> bool:
-        """Stop the running turn if it is the one named, or if none is named. True if that completed it."""
+        """Stop the running turn if it is the one named, or if none is named. False if there is none."""
         turn = self.get(session_id).running_turn()
-        if not turn or turn_id not in (None, turn.turn_id):
+        if not turn or turn_id not in (None, turn.turn_id) or not self.end(turn, STOPPED):
             return False
-        return self.end(turn, STOPPED) and turn.state == "complete"
+        if turn.state == "failed":
+            raise DatabaseError("the stopped turn could not be written")
+        return True
 
     def clear(self, session_id: str, deletes: bool) -> None:
         """Forget the history, or the whole session, and end a running turn."""
@@ -574,21 +576,28 @@ class Sessions:
                     del self.sessions[session_id]
 
     def sweep(self) -> None:
-        """Ten times a second, end turns that had no reader for the resume window, or whose model is silent.
+        """Ten times a second, end turns without a reader, and those whose model is silent.
 
-        In a thread of its own, so that it never delays accept().
+        In a thread of its own, because end() waits for the disk.
         """
-        window, silence = self.settings.resume_window * 1e6, LIMITS["model_silence"]
         while True:
             time.sleep(0.1)
             for turn in list(self.running):
-                with turn.changed:
-                    now = turn.release()  # the console logs chunks, also without a reader
-                if turn.deserted and not turn.readers and now - turn.deserted >= window:
-                    self.end(turn, STOPPED)
-                elif not turn.outcome and now - turn.heard >= silence * 1e6:
-                    why = f"The model was silent for {silence} s. Send the same request again."
-                    self.end(turn, Failure("model_cut", why))
+                try:
+                    self._look_after(turn)
+                except Exception as error:
+                    self.console.trouble(error)
+
+    def _look_after(self, turn: Turn) -> None:
+        """End a turn that had no reader for --resume-window, or no piece for LIMITS["model_silence"]."""
+        with turn.changed:
+            now = turn.release()  # the console logs chunks, also without a reader
+        silence = LIMITS["model_silence"]
+        if turn.deserted and not turn.readers and now - turn.deserted >= self.settings.resume_window * 1e6:
+            self.end(turn, STOPPED)
+        elif not turn.outcome and now - turn.heard >= silence * 1e6:
+            why = f"The model was silent for {silence} s. Send the same request again."
+            self.end(turn, Failure("model_cut", why))
 
     def close(self) -> None:
         """Begin no more turns, give running ones their grace, and end the rest."""
@@ -600,7 +609,7 @@ class Sessions:
 
 # ---- models: a model takes a history and returns an iterator of pieces -----------------------------------
 #
-# The iterator may have a close(). A model of this file may end it with a Finish, or raise Failure.
+# The iterator may have a close(). Only the models in this file can end it with a Finish, or raise Failure.
 
 Model = Callable[[list[Message]], Iterable[Any]]
 FUNCTIONS: dict[str, Model] = {}  # MODULE:FUNCTION of the command line
@@ -615,22 +624,22 @@ def run_model(turn: Turn, words: int) -> Outcome:
     new = Message("user", turn.message, turn.started, turn.turn_id)
     try:
         turn.pieces = call_model(turn.session.model, [*turn.session.messages(), new])
-        if not turn.is_ending:
+        if not turn.sealed:  # otherwise end() came before there was an iterator to close
             for piece in turn.pieces:
                 if isinstance(piece, Finish):
                     finish = piece
                 else:
                     turn.add(split(piece, words))
-                if turn.is_ending:
+                if turn.sealed:
                     break
-        if turn.is_ending:
+        if turn.sealed:
             close_model(turn)
     except Failure as failure:
         return failure
     except BaseException as error:  # sys.exit() in a model ends only its turn
         close_model(turn)
-        if not turn.is_ending:
-            turn.sessions.console.trouble(error)  # only its text is kept: the error holds what its model held
+        if not turn.sealed:
+            turn.sessions.console.trouble(error)  # as text: an error keeps what its model held
         return Failure("model_error")
     finally:
         turn.pieces = None
@@ -653,8 +662,8 @@ def split(piece: str, words: int) -> list[str]:
 
 
 def close_model(turn: Turn) -> None:
-    """Close the model's iterator. A running generator cannot be closed: it goes on until it yields."""
-    with suppress(BaseException):  # there may be no close(), and a model's own may raise anything
+    """Close the model's iterator. A generator that is running goes on until its next yield."""
+    with suppress(BaseException):  # there may be no close(), or it raises anything
         turn.pieces.close()
 
 
@@ -693,22 +702,23 @@ def offline(history: list[Message]) -> Iterator[str]:
            f"This is the offline model. {before} messages came before this one.")
 
 
-# Gemini, by google-genai's asynchronous client. One event loop, in a thread of its own, serves all turns: a
-# task can be cancelled whatever it waits for, be it a connect, TLS, a head, an event or the pause of a retry.
+# Gemini, by google-genai's asynchronous client. One event loop, in a thread of its own, serves all turns. A
+# task can be cancelled whatever it waits for: a connect, TLS, a head, an event or the pause before a retry.
 
 DEFAULT_GEMINI = "gemini-3.8-flash"
 GEMINI_CODES = {401: "model_auth", 403: "model_auth", 404: "model_not_found", 429: "model_overloaded",
-                503: "model_overloaded"}  # of a status; any other is a model_error
+                503: "model_overloaded"}  # status: code; any other status is a model_error
 FILTERS = ["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "ESCALATION"]
 FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length", **dict.fromkeys(FILTERS, "content_filter")}
 PROXIES = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"]
 NETWORK = [*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL"]
-MISCONFIGURED = re.compile("Proxy|UnsupportedProtocol|InvalidURL|Cert|ExceptionGroup")  # names of exceptions
+# Names of exceptions. An ExceptionGroup tells of a port that is too high.
+MISCONFIGURED = re.compile("Proxy|UnsupportedProtocol|InvalidURL|Cert|ExceptionGroup")
 LOOKS_LIKE_A_KEY = re.compile(r"\b(AIza|AQ\.|ya29\.)[\w.-]{20,}")
 
 
 def gemini_keys() -> list[str]:
-    """The keys that are set; the first one counts. White space around a key came with pasting it."""
+    """The keys that are set; the first one counts. They may have been pasted with white space."""
     keys = [os.environ.get(name, "").strip() for name in ("GOOGLE_API_KEY", "GEMINI_API_KEY")]
     return [key for key in keys if key]
 
@@ -787,7 +797,7 @@ def gemini_client() -> Any:
         os.environ[name] = os.environ[name].strip()
     from google import genai
 
-    # By default httpx lets all turns but 100 wait for a connection. It takes any object with these names.
+    # By default httpx has 100 connections, and more turns wait. It takes any object with these attributes.
     limits = SimpleNamespace(max_connections=None, max_keepalive_connections=20, keepalive_expiry=5.0)
     retries = {"attempts": 3, "initial_delay": 0.5, "jitter": 0.5, "http_status_codes": [429, 500, 503]}
     options: Any = {"retry_options": retries, "async_client_args": {"limits": limits},
@@ -796,7 +806,7 @@ def gemini_client() -> Any:
 
 
 def gemini_usage(found: Any) -> dict[str, int] | None:
-    """The token counts so far, if the response has any. Thoughts count as output."""
+    """The token counts up to this response, if it has any. Thoughts count as output."""
     if not found:
         return None
     given = found.prompt_token_count or 0
@@ -816,7 +826,7 @@ def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
     if isinstance(status, int):
         known = 401 if status == 400 and "API_KEY_INVALID" in str(error) else status
         code = GEMINI_CODES.get(known, "model_error")
-        said = without_keys(str(error.message or error.status or "no reason"))
+        said = without_keys(str(getattr(error, "message", None) or "no reason"))
         return Failure(code, f"{STREAM_ERRORS[code][1]} ({model_id}: {status}, {said})")
     here = [each for each in NETWORK if os.environ.get(each) or os.environ.get(each.lower())]
     unreachable_proxy = "Connect" in kinds and set(here) & set(PROXIES)
@@ -830,7 +840,7 @@ def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
 
 
 def without_keys(text: str) -> str:
-    """A text of the service on one line. Keys are removed first, so that shortening leaves no half of one."""
+    """A text of the service on one line. Keys are removed before it is shortened, so that no part remains."""
     for key in sorted(gemini_keys(), key=len, reverse=True):  # one may contain the other
         text = text.replace(key, "[key]")
     return " ".join(LOOKS_LIKE_A_KEY.sub("[key]", text).split())[:600].rstrip(".")
@@ -851,7 +861,7 @@ PRAGMA journal_mode = WAL;
 
 
 class DatabaseError(Exception):
-    """Why the file of --db cannot be opened or written, as a sentence. Nothing has changed then."""
+    """The file of --db cannot be opened or written. Nothing was changed."""
 
 
 class Database:
@@ -863,14 +873,14 @@ class Database:
         try:
             if os.path.lexists(self.path) and not self.path.is_file():  # a device, or a link to itself
                 raise OSError("it is not a file")
-            # The lock is on a file of its own, so that others can read this one. It ends with the process.
+            # FILE-lock is locked, so that other programs can read FILE. The lock ends with the process.
             self.owner = self._connect(f"{self.path}-lock")
             self.owner.execute("PRAGMA journal_mode = MEMORY")  # otherwise SQLite makes one more file
             self.owner.execute("BEGIN EXCLUSIVE")
             has_wal = Path(f"{self.path}-wal").exists()  # left by a kill: it has the last turns
             if not has_wal and not (self.path.exists() and self.path.stat().st_size):
                 self._make()
-            # Without a -wal the file is read as it is, and SQLite makes no files beside it.
+            # Without a -wal the file is opened as immutable, so that SQLite makes no file beside it.
             self.sessions = self._read(f"mode=ro&immutable={int(not has_wal)}")
             self.connection = self._connect(self.path)
             self.connection.execute("PRAGMA synchronous = FULL")
@@ -895,7 +905,7 @@ class Database:
         os.replace(new, self.path)
 
     def _read(self, mode: str) -> dict[str, Session]:
-        """All sessions, by a connection that changes nothing: the file may be another program's."""
+        """All sessions. The connection is read-only: the file may belong to another program."""
         if not self.path.stat().st_size:
             raise OSError("it is empty, but the -wal beside it is not")
         with closing(self.sqlite3.connect(f"{self.path.as_uri()}?{mode}", uri=True)) as found:
@@ -928,8 +938,8 @@ class Database:
                     for statement, values in statements:
                         self.connection.execute(statement, values)
             except self.sqlite3.Error as error:
-                # A COMMIT that failed may have left its turn in FILE-wal, where a restart would find it.
-                # Another write, which changes nothing, takes its place.
+                # A COMMIT that failed may have left its turn in FILE-wal, and a restart would restore it.
+                # This write, which changes nothing, replaces it there.
                 with suppress(self.sqlite3.Error):
                     self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 raise DatabaseError(f"cannot write {self.path}: {error}") from None
@@ -946,9 +956,9 @@ class Database:
 
     def clear(self, session_id: str, deletes: bool, now: int) -> None:
         """Forget a session's history, or the whole session."""
-        change = "DELETE FROM sessions" if deletes else f"UPDATE sessions SET last_activity = {now}"
-        self._write(("DELETE FROM turns WHERE session_id = ?", (session_id,)),
-                    (f"{change} WHERE session_id = ?", (session_id,)))
+        forget = ("DELETE FROM sessions WHERE session_id = ?", (session_id,))
+        keep = ("UPDATE sessions SET last_activity = ? WHERE session_id = ?", (now, session_id))
+        self._write(("DELETE FROM turns WHERE session_id = ?", (session_id,)), forget if deletes else keep)
 
     def close(self) -> None:
         """Release the file."""
@@ -984,7 +994,7 @@ def columns(text: str) -> int:
 
 def fit(text: str, width: int) -> str:
     """The text in exactly `width` columns, shortened with an ellipsis or filled with spaces."""
-    text = text[: width + 1]
+    text = text[: 4 * width]  # it may be long, and have marks that take no column
     if columns(text) > width:
         while columns(text) > width - 3:
             text = text[:-1]
@@ -1003,7 +1013,7 @@ class Console:
     """Writes what happens: boxes at a terminal, otherwise a line of key=value for each event.
 
     A thread of its own writes, so that a terminal that takes nothing (a full pipe, Ctrl-S) delays no turn.
-    More than LIMITS["console"] waiting texts are dropped.
+    If LIMITS["console"] texts wait, further ones are dropped.
     """
 
     def __init__(self, mode: str) -> None:
@@ -1124,16 +1134,16 @@ FIELD = re.compile(rf"({NAME}):(.*)")
 URL = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"
 HOST = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({REG_NAME}))(?::[0-9]{{0,5}})?")
-BROKEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")  # a control, CR or LF alone
+BROKEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")  # control, CR alone, LF alone
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # https: behind a proxy
-JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")  # the second is curl's, with -d
+JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")  # curl -d sends the second
 
 
 class Head:
     """The head of a request (RFC 9112, sections 2 to 6). It is never changed. Methods raise Refused."""
 
     def __init__(self, head: bytes) -> None:
-        """`head` lacks the empty line at its end."""
+        """`head` ends after its last field line."""
         first, *rows = head.decode("latin-1").removesuffix("\r\n").split("\r\n")
         match = REQUEST_LINE.fullmatch(first)
         if not match:
@@ -1144,7 +1154,7 @@ class Head:
         self.is_1_0 = minor == "0"  # any later 1.x is served as 1.1: RFC 9110, section 2.5
         self.headers = self._parse_fields(rows)
         self.host = self.headers.get("host", "")
-        # Two Host fields are joined by a comma and a space, which no name has. HTTP/1.0 may send none.
+        # Two Host fields were joined by a comma and a space, which no host has. HTTP/1.0 may send none.
         if not host_name(self.host) and ("host" in self.headers or not self.is_1_0):
             raise Refused("bad_request", "Send one Host field, with a name or an address and perhaps a port.")
         self.path, self.query = self._parse_target(target)
@@ -1168,7 +1178,7 @@ class Head:
         return headers
 
     def _parse_target(self, target: str) -> tuple[str, str]:
-        """Path and query (section 3.2). The host of a URL counts instead of the field."""
+        """Path and query (section 3.2). If the target is a URL, its host replaces the Host field."""
         url = URL.fullmatch(target)
         if url and host_name(url[1]):
             self.host, target = url[1], url[2] if url[2].startswith("/") else f"/{url[2]}"
@@ -1178,7 +1188,7 @@ class Head:
         return path, query
 
     def _parse_framing(self) -> tuple[list[str], int]:
-        """Codings and length of the body (section 6). What could be read in two ways is refused."""
+        """Codings and length of the body (section 6). Refuses what another program could read differently."""
         codings, length = self._list("transfer-encoding"), self.headers.get("content-length", "0")
         if "transfer-encoding" in self.headers:
             ends_in_chunked = codings.count("chunked") == 1 and codings[-1] == "chunked"
@@ -1196,7 +1206,7 @@ class Head:
     def check_host(self, settings: argparse.Namespace) -> None:
         """Without a token, only a loopback Host or an allowed one.
 
-        Otherwise a page could bind its own name to this machine's address, and share this server's origin.
+        Otherwise a page could give its own name this machine's address (DNS rebinding).
         """
         name = host_name(self.host)
         if not settings.token and self.host and not is_loopback(name) and name not in settings.allow_host:
@@ -1224,8 +1234,7 @@ class Head:
         from hmac import compare_digest  # in constant time; loads OpenSSL, so only with a token
 
         scheme, _, given = self.headers.get("authorization", "").partition(" ")
-        is_known = compare_digest(given.strip(" ").encode(), token.encode())
-        if scheme.lower() != "bearer" or not is_known:
+        if scheme.lower() != "bearer" or not compare_digest(given.strip(" ").encode(), token.encode()):
             raise Refused("unauthorized", "Send Authorization: Bearer TOKEN, with this server's token.")
 
     def check_body(self, takes_json: bool, curl: Callable[[Head], str]) -> None:
@@ -1243,14 +1252,14 @@ class Head:
                           "-H 'Content-Type: application/json' -d '{\"message\":\"Hello\"}'")
 
 
-cached_head = lru_cache(64)(Head)  # clients repeat themselves, and this is half the work of a small request
+cached_head = lru_cache(64)(Head)  # clients repeat their heads; to parse one is half of a small request
 
 
 def find_head(received: bytearray, known: int) -> tuple[Head, int] | None:
     """The head that `received` begins with, and its size; None if more of it must come. Raises Refused.
 
-    A head is judged when it is whole. Only control characters, a bare CR or LF and a length above the limits
-    are refused before. `known` bytes were there at the last call.
+    A head is parsed when it is whole. Before that, only control characters, a bare CR or LF and too many
+    bytes are refused. `known` is the length of `received` at the last call: those bytes have been checked.
     """
     begin, limit = 0, LIMITS["request_line"]
     while begin < 4 and received.startswith(b"\r\n", begin):  # empty lines: RFC 9112, section 2.2
@@ -1258,7 +1267,7 @@ def find_head(received: bytearray, known: int) -> tuple[Head, int] | None:
     end = received.find(b"\r\n\r\n", begin, begin + LIMITS["head"])
     head = bytes(received[begin : end + 2 if end >= 0 else begin + LIMITS["head"]])
     is_long = len(head) >= limit and b"\r\n" not in head[:limit]
-    # The last byte that was known may have been a CR.
+    # The check begins one byte earlier, which may be a CR.
     if BROKEN.search(head, max(known - begin - 1, 0), limit if is_long else len(head)):
         raise Refused("bad_request", "A head has no control characters, and CR and LF only together.")
     if is_long:
@@ -1334,9 +1343,6 @@ class Reply(NamedTuple):
     body: bytes = b""
 
 
-Stream = Generator[list[bytes]]  # what Turn.follow() yields
-
-
 def reply_json(body: dict[str, Any], status: int = 200, kind: str = "json", **more: str) -> Reply:
     """A JSON object. `more` are further fields of the head."""
     headers = {"Content-Type": f"application/{kind}", "Cache-Control": "no-store", **more}
@@ -1345,9 +1351,8 @@ def reply_json(body: dict[str, Any], status: int = 200, kind: str = "json", **mo
 
 def problem(refused: Refused) -> Reply:
     """RFC 9457, problem details."""
-    status, fields = PROBLEMS[refused.code], PROBLEM_FIELDS.get(refused.code, {})
-    if refused.allow:
-        fields = {"Allow": refused.allow}
+    status = PROBLEMS[refused.code]
+    fields = {"Allow": refused.allow} if refused.allow else PROBLEM_FIELDS.get(refused.code, {})
     return reply_json({"type": "about:blank", "title": TITLES[status], "status": status,
                        "detail": refused.detail, "code": refused.code}, status, "problem+json", **fields)
 
@@ -1383,7 +1388,7 @@ class Endpoints(BaseRequestHandler):
                 refused.detail += f" This stops it: {curl}/sessions/{session_id}/stop -X POST"
             raise
 
-    session_stream = chat_stream
+    session_stream = chat_stream  # one method, two routes
 
     def resume_stream(self) -> Stream:
         values = parse_qs(self.head.query, keep_blank_values=True).get("after", ["0"])
@@ -1544,7 +1549,7 @@ AFTER = {"name": "after", "in": "query", "required": False,
 
 def schema(**properties: Any) -> dict[str, Any]:
     """The schema of a JSON object. Only a property that may be null may be missing."""
-    required = [name for name, each in properties.items() if "null" not in each.get("type", ())]
+    required = [name for name, each in properties.items() if each.get("type") != ["string", "null"]]
     return {"type": "object", "properties": properties, "required": required}
 
 
@@ -1579,7 +1584,7 @@ class Route(NamedTuple):
     path: str
     summary: str
     answer: dict[str, Any] | str  # an example of the JSON answer, or a media type
-    body: dict[str, Any] | None = None  # schema of the request's JSON; None: a body is read and ignored
+    body: dict[str, Any] | None = None  # schema of the request's JSON; None: a body is allowed and ignored
     query: dict[str, Any] | None = None  # an OpenAPI parameter
 
 
@@ -1699,14 +1704,14 @@ def describe_route(route: Route) -> dict[str, Any]:
     return operation
 
 
-# ---- handler and server: read, check, route, write. The only room that touches a socket. -----------------
+# ---- handler and server: read, check, route, write. Only this room uses connections. ---------------------
 
 TERMINAL = (b'{"type":"complete"', b'{"type":"error"')
 date = lru_cache(2)(formatdate)  # RFC 9110, section 6.6.1
 
 
 def socket_timeout(seconds: int) -> bytes:
-    """A value for SO_RCVTIMEO and SO_SNDTIMEO: settimeout() would add a poll() to each call."""
+    """A value for SO_RCVTIMEO or SO_SNDTIMEO. settimeout() would add a poll() to each call."""
     return struct.pack("L", 1000 * seconds) if os.name == "nt" else struct.pack("ll", seconds, 0)
 
 
@@ -1728,9 +1733,9 @@ class Handler(Endpoints):
         self.sessions = self.server.sessions
         self.received = bytearray()  # and not yet read as a request
         self.patience = 0  # seconds: the time-out of the socket
-        self.head: Head | None = None  # of the request that is being served
-        self.cors = {}
-        self.unread = self.closes = False  # whether its body was not read; whether the connection is to end
+        self.head, self.cors = None, {}
+        self.unread = False  # the request's body was not read
+        self.closes = False  # the connection ends after this answer
 
     def handle(self) -> None:
         server = self.server
@@ -1752,7 +1757,7 @@ class Handler(Endpoints):
         """Read one request and answer it."""
         self.head, self.cors, self.unread = None, {}, True
         answer = self.respond()
-        # What follows an unread body, or a head that cannot be read, is not a request.
+        # After an unread body, or a head that cannot be parsed, the next bytes are not a request.
         self.closes = self.unread or self.head is None or self.head.closes
         if isinstance(answer, Reply):
             self.write_reply(answer)
@@ -1793,7 +1798,7 @@ class Handler(Endpoints):
         return getattr(self, route.name)()
 
     def read_head(self) -> Head | None:
-        """The next head; None if the connection ends or stays idle. Empty lines before it are idle time."""
+        """The next head; None if the connection ends or stays idle. Empty lines do not start a request."""
         begun, known, end = False, 0, time.monotonic() + LIMITS["idle"]
         while not self.received or not (found := find_head(self.received, known)):
             if not begun and self.received.strip(b"\r\n"):
@@ -1824,7 +1829,7 @@ class Handler(Endpoints):
 
         False if none came. Within a `part` of a request, head or body, this raises Refused instead.
         """
-        data, patience = None, int(end - time.monotonic()) + 1  # whole seconds, so that it seldom changes
+        data, patience = None, int(end - time.monotonic() + 1)  # whole seconds, so that it seldom changes
         if patience > 0:
             if patience != self.patience:
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(patience))
@@ -1850,7 +1855,6 @@ class Handler(Endpoints):
 
     def write_stream(self, stream: Stream) -> None:
         """Send the lines of a turn, each as a transfer chunk, and all that are due in one send."""
-        assert self.head
         chunked = not self.head.is_1_0
         fields = {"Content-Type": NDJSON, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **self.cors}
         if chunked:
@@ -1883,7 +1887,7 @@ class Handler(Endpoints):
                     raise TimeoutError("no progress") from None
 
     def linger(self) -> None:
-        """Read on for a moment: a close with unread bytes resets the connection (RFC 9112, section 9.6)."""
+        """Read on: if a socket is closed with unread bytes, the client may lose the answer (section 9.6)."""
         self.request.shutdown(socket.SHUT_WR)
         end = time.monotonic() + LIMITS["linger"]
         while self.receive(end):
@@ -1940,12 +1944,15 @@ class Server(ThreadingHTTPServer):
     def shutdown_request(self, request: Any) -> None:
         self.connections.discard(request)
         self.idle.discard(request)
-        self.close_request(request)  # a shutdown before it would be one more system call
+        self.close_request(request)  # without a shutdown() before it, which is one more system call
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.console.trouble(sys.exception() or RuntimeError())
 
     def close(self, keeps_listening: bool) -> None:
         """Accept no more connections, answer the requests that were sent, and end all turns.
 
-        If the socket `keeps_listening`, new connections wait for the next program.
+        If the server's socket `keeps_listening`, new connections wait for the next program.
         """
         self.shutdown()
         if not keeps_listening:
@@ -1977,7 +1984,7 @@ def look() -> list:
 
 
 def new_program_starts() -> bool:
-    """Whether the program, as it is now, starts with the same flags. What it says of an error is shown."""
+    """Run the program as it is now, with the same flags, on trial. Its standard error is shown."""
     import subprocess
 
     command, trial = [sys.executable, *sys.orig_argv[1:]], {"STREAMCHAT_RELOADED": '{"trial": true}'}
@@ -2078,18 +2085,19 @@ def main() -> int:
     settings = parse_arguments()
     if trouble := start_problem(settings):
         return fail(trouble)
-    host, port, private = settings.host, settings.port, reloaded.get("private", "")
-    if "trial" in reloaded:  # has_news() asks whether this program starts with these flags
+    host, port = settings.host, settings.port
+    if "trial" in reloaded:  # new_program_starts() asks
         Server(socket.create_server(("127.0.0.1", 0)), settings, None)
         return 0
     try:
         if reloaded:
             listening = socket.socket(fileno=reloaded["socket"])
-        else:  # with socketserver's backlog of 5, most of a burst of 1,000 connections would fail
+        else:  # with socketserver's backlog of 5, most of 1,000 simultaneous connections would fail
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listening = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
         return fail(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}")
+    private = reloaded.get("private", "")
     if settings.reload and not settings.db:
         from tempfile import mkdtemp
 
@@ -2104,7 +2112,7 @@ def main() -> int:
 
 
 def serve(server: Server, seen: list, private: str) -> NoReturn:
-    """Serve until a signal comes, and end the program; with --reload also until it has changed, and run it.
+    """Serve until a signal comes, then end the program. With --reload, run the program again when it changes.
 
     `seen` is the version that is served, and `private` the folder of a temporary database.
     """
@@ -2113,7 +2121,7 @@ def serve(server: Server, seen: list, private: str) -> NoReturn:
         each = getattr(signal, name, None)  # Windows has no SIGHUP
         if each and (name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN):  # nohup ignores it
             signal.signal(each, lambda number, frame: signals.append(number))
-    sys.setswitchinterval(0.05)  # seconds; with many streams, the default of 0.005 is mostly switching
+    sys.setswitchinterval(0.05)  # seconds; with many streams, 0.005 would spend most time on switching
     greet(server)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     last, restarts = seen, False
@@ -2121,7 +2129,7 @@ def serve(server: Server, seen: list, private: str) -> NoReturn:
         time.sleep(0.1)
         if server.settings.reload:
             before, last = last, look()
-            if seen != last == before:  # otherwise it is being written
+            if seen != last == before:  # it has changed, and is no longer being written
                 seen = last
                 restarts = new_program_starts()
     server.close(restarts)
@@ -2143,9 +2151,10 @@ def serve(server: Server, seen: list, private: str) -> NoReturn:
 def claim_resources(port: int) -> None:
     """Open as many files as the system allows (a connection is one), and use one processor (Linux).
 
-    Python runs one thread at a time. The next one wakes faster where the last one ran, and must not interrupt
-    it (SCHED_BATCH), since it would only wait for it. Together this doubles the requests per second. Servers
-    beside each other take different processors by their ports. A model of your own may need all of them.
+    Only one Python thread runs at a time. A thread wakes faster on the processor where the last one ran, and
+    SCHED_BATCH keeps it from interrupting that one, for which it would only wait. Together this doubles the
+    requests per second. Servers beside each other use different processors, by their ports. A model of your
+    own may need all of them.
     """
     with suppress(ImportError, ValueError, OSError):  # Windows has no limit; macOS allows less than it says
         from resource import RLIMIT_NOFILE, getrlimit, setrlimit

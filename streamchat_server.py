@@ -80,6 +80,7 @@ from http.server import ThreadingHTTPServer
 from importlib import import_module
 from ipaddress import IPv6Address, ip_address
 from json.encoder import encode_basestring_ascii
+from math import ceil
 from pathlib import Path
 from queue import Full, Queue, SimpleQueue
 from socketserver import BaseRequestHandler
@@ -238,7 +239,7 @@ class Turn:
         self.sessions, self.session = sessions, session
         self.turn_id, self.message, self.client = turn_id, message, client
         self.context_messages = 2 * len(session.history)
-        self.delay = round(sessions.settings.chunk_delay * 1e6)
+        self.delay = ceil(sessions.settings.chunk_delay * 1e6)
         self.changed = threading.Condition()  # guards writes to what follows, and wakes readers
         self.state = "running"  # then "complete" or "failed"
         self.sealed = False  # the log takes no more chunks, and is written to disk before the state changes
@@ -537,9 +538,12 @@ class Sessions:
                 session.last_activity = turn.epoch + turn.ended
                 self._count(turn)
             self.console.turn_ended(turn, outcome, len(self.running))
-        if turn.pieces is not None:
-            with suppress(RuntimeError):  # the system has no thread left
-                _thread.start_new_thread(close_model, (turn,))  # the close() of a model may block
+        pieces, turn.pieces = turn.pieces, None
+        if pieces is not None:
+            try:
+                _thread.start_new_thread(close_model, (pieces,))  # its close() may block
+            except RuntimeError:  # the system has no thread left
+                close_model(pieces)
         return True
 
     def _count(self, turn: Turn) -> None:
@@ -623,9 +627,9 @@ def run_model(turn: Turn, words: int) -> Outcome:
     finish = Finish("stop", word="stop")
     new = Message("user", turn.message, turn.started, turn.turn_id)
     try:
-        turn.pieces = call_model(turn.session.model, [*turn.session.messages(), new])
+        pieces = turn.pieces = call_model(turn.session.model, [*turn.session.messages(), new])
         if not turn.sealed:  # otherwise end() came before there was an iterator to close
-            for piece in turn.pieces:
+            for piece in pieces:
                 if isinstance(piece, Finish):
                     finish = piece
                 else:
@@ -633,16 +637,14 @@ def run_model(turn: Turn, words: int) -> Outcome:
                 if turn.sealed:
                     break
         if turn.sealed:
-            close_model(turn)
+            close_model(pieces)
+        turn.pieces = None  # it is done, so end() need not close it
     except Failure as failure:
         return failure
     except BaseException as error:  # sys.exit() in a model ends only its turn
-        close_model(turn)
         if not turn.sealed:
             turn.sessions.console.trouble(error)  # as text: an error keeps what its model held
         return Failure("model_error")
-    finally:
-        turn.pieces = None
     if turn.first_due:
         return finish
     if finish.reason == "content_filter":
@@ -661,10 +663,10 @@ def split(piece: str, words: int) -> list[str]:
     return [text[at : at + size] for text in texts for at in range(0, len(text), size)]
 
 
-def close_model(turn: Turn) -> None:
-    """Close the model's iterator. A generator that is running goes on until its next yield."""
+def close_model(pieces: Any) -> None:
+    """Close a model's iterator. A generator that is running goes on until its next yield."""
     with suppress(BaseException):  # there may be no close(), or it raises anything
-        turn.pieces.close()
+        pieces.close()
 
 
 def call_model(model_id: str, history: list[Message]) -> Iterable[Any]:
@@ -1555,7 +1557,7 @@ def schema(**properties: Any) -> dict[str, Any]:
 
 CHAT = {**schema(message=MESSAGE, session_id=SESSION_ID, turn_id=TURN_ID),
         "dependentRequired": {"turn_id": ["session_id"]}}
-SESSION_CHAT = schema(message=MESSAGE, turn_id=TURN_ID)
+SESSION_CHAT = schema(message=MESSAGE, session_id=SESSION_ID, turn_id=TURN_ID)
 
 NDJSON = "application/x-ndjson"
 NOW = "2026-11-24T10:00:00.123456+00:00"
@@ -1565,9 +1567,9 @@ HEALTH_EXAMPLE = {"status": "healthy", "model": "offline", "uptime_seconds": 60,
 STATS_EXAMPLE = {
     **HEALTH_EXAMPLE, "average_response_time": 0.3, "start_time": NOW, "total_sessions_created": 1,
     "total_chunks": 8, "total_bytes": 1600, "average_chunks_per_stream": 4.0,
-    "time_to_first_chunk": {"p50": 0.001, "p95": 0.002}, "framework": FRAMEWORK, "streams": [
+    "time_to_first_chunk": {"p50": 0.001, "p95": 0.002}, "streams": [
         {"session_id": "demo", "turn_id": "t-3", "started": NOW, "chunks": 2, "readers": 1,
-         "client": "127.0.0.1"}]}
+         "client": "127.0.0.1"}], "framework": FRAMEWORK}
 SUMMARY_EXAMPLE = {"session_id": "demo", "model": "offline", "message_count": 2, "created_at": NOW,
                    "last_activity": NOW, "streaming": False}
 SESSION_EXAMPLE = {
@@ -1687,7 +1689,8 @@ def describe_route(route: Route) -> dict[str, Any]:
         tag, content = "Streams", {"itemSchema": {"$ref": "#/components/schemas/event"}}
     parameters = []
     if "{session_id}" in route.path:
-        parameters.append({"name": "session_id", "in": "path", "required": True, "schema": IDENTIFIER})
+        parameters.append({"name": "session_id", "in": "path", "required": True,
+                           "schema": {**IDENTIFIER, "not": {"const": "new"}}})
     if route.query:
         parameters.append(route.query)
     problems = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/problem"}}}
@@ -1780,6 +1783,8 @@ class Handler(Endpoints):
         except OSError:  # the client left
             raise
         except Exception as error:
+            if self.sessions.closing:  # the database may be closed
+                return problem(Refused("overloaded", "The server is shutting down."))
             self.server.console.trouble(error)
             return problem(Refused("internal_error", STREAM_ERRORS["internal_error"][1]))
 
@@ -1850,7 +1855,7 @@ class Handler(Endpoints):
         if reply.status != 204:
             fields["Content-Length"] = str(len(reply.body))
         head = response_head(reply.status, fields, self.closes)
-        head_only = self.head.method == "HEAD" if self.head else self.received.startswith(b"HEAD ")
+        head_only = self.head.method == "HEAD" if self.head else self.received.lstrip().startswith(b"HEAD ")
         self.send(head if head_only else head + reply.body)
 
     def write_stream(self, stream: Stream) -> None:
@@ -1988,16 +1993,29 @@ def new_program_starts() -> bool:
     import subprocess
 
     command, trial = [sys.executable, *sys.orig_argv[1:]], {"STREAMCHAT_RELOADED": '{"trial": true}'}
-    try:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | trial, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        print("The new program does not start. The old one goes on.", file=sys.stderr, flush=True)
-        return False
-    return True
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | trial, timeout=10, text=True)
+        if done.stdout == f"{SCHEMA_VERSION}\n":  # otherwise it failed, is not whole, or has another schema
+            return True
+    print("The new program does not start. The old one goes on.", file=sys.stderr, flush=True)
+    return False
+
+
+def latest_version(seen: list) -> Iterator[list]:
+    """At each step, look at the files again, and yield the last version that started."""
+    good = tried = last = seen
+    while True:
+        yield good
+        before, last = last, look()
+        if tried != last == before and PROGRAM.exists():  # it has changed, and is no longer being written
+            tried = last
+            if new_program_starts():
+                good = last
 
 
 # ---- main ------------------------------------------------------------------------------------------------
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 NUMBERS = [  # flag, type, default, lowest, highest, help
     ("--port", int, 8000, 0, 65535, "0 takes a free one"),
     ("--chunk-words", int, 4, 1, 1_000_000_000, "words in a chunk at most"),
@@ -2088,6 +2106,7 @@ def main() -> int:
     host, port = settings.host, settings.port
     if "trial" in reloaded:  # new_program_starts() asks
         Server(socket.create_server(("127.0.0.1", 0)), settings, None)
+        print(SCHEMA_VERSION)
         return 0
     try:
         if reloaded:
@@ -2117,24 +2136,26 @@ def serve(server: Server, seen: list, private: str) -> NoReturn:
     `seen` is the version that is served, and `private` the folder of a temporary database.
     """
     signals: list[int] = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        each = getattr(signal, name, None)  # Windows has no SIGHUP
-        if each and (name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN):  # nohup ignores it
+    for each in SIGNALS:
+        if each in SIGNALS[:2] or signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(each, lambda number, frame: signals.append(number))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     sys.setswitchinterval(0.05)  # seconds; with many streams, 0.005 would spend most time on switching
+    sys.unraisablehook = lambda unraisable: server.console.trouble(unraisable.exc_value or RuntimeError())
     greet(server)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    last, restarts = seen, False
-    while not signals and not restarts:
+    latest = latest_version(seen)
+    while not signals and not (server.settings.reload and next(latest) != seen):
         time.sleep(0.1)
-        if server.settings.reload:
-            before, last = last, look()
-            if seen != last == before:  # it has changed, and is no longer being written
-                seen = last
-                restarts = new_program_starts()
+    restarts = not signals
     server.close(restarts)
     say_goodbye(server)
     server.console.close()
+    while restarts and not signals and look() != (seen := next(latest)):  # saved again in the meantime
+        time.sleep(0.1)
+    if restarts:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait until the new program can note them
     if restarts and not signals:
         listening = server.socket.fileno()
         os.set_inheritable(listening, True)

@@ -2719,6 +2719,18 @@ class TestSessionsOnDisk:
             assert server.request(method, f"/sessions/{path}").status == 200, name
 
     @waits
+    def test_a_stop_that_can_not_be_written_says_so(self, serve):
+        with new_file() as file:
+            server = serve("--chunk-delay", "0.05", "--log", "brief", "--db", str(file))
+            stream = server.chat("word " * 200, session_id="s")
+            stream.read_until("chunk", 2)
+            with locked(server, file):
+                check_problem(server.request("POST", "/sessions/s/stop"), 500, "internal_error")
+                assert stream.check().end["code"] == "internal_error"
+            assert server.history("s") == [] and server.turn("Hi", session_id="s").end["message_count"] == 2
+            os.truncate(server.output, 0)       # both errors are right there
+
+    @waits
     def test_a_file_serves_one_server_at_a_time(self, serve):
         with new_file() as file:
             server = serve(*ON_DISK, "--db", str(file))
@@ -3923,16 +3935,35 @@ class TestReload:
         with reloading(serve) as (server, program):
             before = server.stats()["start_time"]
             good = program.read_text("utf-8")
-            for changed in (("VERSION = ", "VERSION = unknown or "), ("= parse_arguments()", "= unknown")):
-                save(program, good.replace(*changed, 1))
+            for bad, told in ((good.replace("VERSION = ", "VERSION = unknown or ", 1), "NameError: name 'unknown'"),
+                              (good.replace("= parse_arguments()", "= unknown", 1), "NameError: name 'unknown'"),
+                              (good.replace("SCHEMA_VERSION = 2", "SCHEMA_VERSION = 3", 1), ""),
+                              (good.partition("if __name__")[0], ""), ("", "")):      # these two are not saved whole
+                save(program, bad)
                 assert wait_until(lambda: "The old one goes on" in server.log())
-                assert "NameError: name 'unknown'" in server.log()
+                assert told in server.log()
                 os.truncate(server.output, 0)       # there was a traceback, and there may not be another one
                 assert server.turn("Hi").end["message_count"] == 2
                 assert server.stats()["start_time"] == before
             save(program, good)
             set_version(program, '"new"')
             wait_for_version(server, "new")
+
+    @waits
+    def test_a_program_that_breaks_after_its_trial_is_not_run(self, serve):
+        with reloading(serve) as (server, program):
+            server.turn("Hi", session_id="s")
+            server.chat("a " * 400).read_until("chunk")     # so that the end of the old server takes 5 s
+            good = program.read_text("utf-8")
+            set_version(program, '"new"')
+            time.sleep(2)       # it has passed its trial
+            save(program, good + "(")
+            assert wait_until(lambda: "The old one goes on" in server.log())
+            os.truncate(server.output, 0)       # there was a SyntaxError
+            save(program, good)
+            set_version(program, '"newer"')
+            wait_for_version(server, "newer")
+            assert server.turn("And?", session_id="s").end["message_count"] == 4
 
     @waits
     def test_no_change_is_missed_however_the_file_is_saved(self, serve):
@@ -4610,6 +4641,24 @@ def holds_a_file(history):
     raise ValueError(held.fileno())
 
 
+def quotes(history):
+    yield "Half an answer. "
+    raise ValueError(history[-1].text)
+
+
+class QuotesInTheEnd:
+    """Its generator is closed by nobody but the garbage collector."""
+
+    def __init__(self, history):
+        self.history = history
+
+    def __iter__(self):
+        try:
+            yield 5
+        finally:
+            raise ValueError(self.history[-1].text)
+
+
 not_a_function = 5
 
 
@@ -4656,6 +4705,15 @@ class TestModelsOfYourOwn:
         if name in ("fails", "leaves"):
             assert wait_until(lambda: "SECRET" in server.log())
         os.truncate(server.output, 0)       # a traceback is right there, and nowhere else
+
+    @pytest.mark.parametrize("name", ["quotes", "QuotesInTheEnd"])
+    @waits
+    def test_a_brief_log_has_no_text_of_an_error(self, serve, name):
+        server = self.serve_model(serve, name, "--log", "brief")
+        assert server.chat("SECRET").check().end["code"] == "model_error"
+        assert wait_until(lambda: "trouble error=ValueError" in server.log())
+        assert "SECRET" not in server.log() and "Traceback" not in server.log()
+        os.truncate(server.output, 0)       # the error is right there
 
     @pytest.mark.parametrize("name", ["Numbers", "NoClose", "LeavesWhenClosed"])
     @waits

@@ -190,14 +190,10 @@ def wall_clock() -> int:
     return time.time_ns() // 1000
 
 
-@lru_cache(64)  # isoformat() would take three times as long
-def _second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-
-
+@lru_cache(64)  # without a pace, all chunks of a piece have the same moment
 def stamp(microseconds: int) -> str:
     """A moment of the wall clock in ISO 8601, in UTC with microseconds and +00:00."""
-    return f"{_second(microseconds // 1_000_000)}.{microseconds % 1_000_000:06d}+00:00"
+    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="microseconds")
 
 
 def encode(**event: Any) -> bytes:

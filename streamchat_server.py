@@ -432,7 +432,7 @@ class Sessions:
         self.sessions = database.sessions if database else {}
         self.closing = False  # when true, no turn begins
         self.running: dict[Turn, None] = {}  # in the order of their start
-        self.models = 0  # threads that run a model, some for turns that have ended
+        self.models = 0  # threads that run a model: one for each running turn, and some for ended ones
         self.successful = self.failed = self.created = self.chunks = self.bytes = 0
         self.response_time = 0.0  # seconds, of all turns that have ended
         self.first_chunks: deque[float] = deque(maxlen=1000)  # seconds from a turn's start to its first chunk
@@ -479,7 +479,7 @@ class Sessions:
                 return known
             if session and session.running_turn():
                 raise Refused("session_busy", "A turn is running in this session. Wait for it, or stop it.")
-            if self.closing or max(len(self.running), self.models) >= self.settings.max_connections:
+            if self.closing or self.models >= self.settings.max_connections:
                 raise Refused("overloaded", "Too many turns are running, or the server is shutting down.")
             created = session is None
             session = session or self.create(session_id, self.settings.model)
@@ -487,17 +487,18 @@ class Sessions:
             with self.lock:
                 session.latest, session.last_activity = turn, turn.epoch + turn.began
                 self.running[turn] = None
+                self.models += 1
             self.console.turn_started(turn, len(self.running))
             try:
                 _thread.start_new_thread(self._run, (turn,))
             except RuntimeError:  # the system has no thread left
+                with self.lock:
+                    self.models -= 1
                 self.end(turn, Failure("internal_error"))
             return turn
 
     def _run(self, turn: Turn) -> None:
         """Run the session's model into the turn, in a thread of its own."""
-        with self.lock:
-            self.models += 1
         try:
             outcome = run_model(turn, self.settings.chunk_words)
             turn.wait_for_pace(outcome)
@@ -1733,7 +1734,6 @@ class Handler(Endpoints):
         self.received = bytearray()  # and not yet read as a request
         self.patience = 0  # seconds: the time-out of the socket
         self.head, self.cors = None, {}
-        self.unread = False  # the request's body was not read
         self.closes = False  # the connection ends after this answer
 
     def handle(self) -> None:
@@ -1754,10 +1754,10 @@ class Handler(Endpoints):
 
     def serve_request(self) -> None:
         """Read one request and answer it."""
-        self.head, self.cors, self.unread = None, {}, True
+        self.head, self.cors = None, {}
         answer = self.respond()
-        # After an unread body, or a head that cannot be parsed, the next bytes are not a request.
-        self.closes = self.unread or self.head is None or self.head.closes
+        # After a head that cannot be parsed, or an unread body, the next bytes are not a request.
+        self.closes = self.head is None or self.unread or self.head.closes
         if isinstance(answer, Reply):
             self.write_reply(answer)
         elif answer:

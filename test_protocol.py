@@ -1638,9 +1638,12 @@ class TestPace:
     @waits
     def test_the_flags_set_the_pace(self, serve):
         message = "one  two\tthree\nfour five,six " * 4
-        for words, delay in [(1, 0.05), (3, 0.01), (50, 0.1)]:
+        for words, delay in [(1, 0.05), (3, 0.01), (50, 0.1), (1, 0.0012345)]:
             turn = serve("--chunk-words", str(words), "--chunk-delay", str(delay)).turn(message)
             assert max(len(chunk["text"].split()) for chunk in turn.chunks) == min(words, len(turn.text.split()))
+            times = [moment(chunk["timestamp"]) for chunk in turn.chunks if chunk["text"]]
+            gaps = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(times)]
+            assert min(gaps, default=delay) >= delay, "the pace is exact to the microsecond"
 
     @waits
     def test_no_chunk_leaves_before_its_timestamp_or_long_after(self, serve):

@@ -601,11 +601,12 @@ class Sessions:
             self.end(turn, Failure("model_cut", why))
 
     def close(self) -> None:
-        """Begin no more turns, give running ones their grace, and end the rest."""
+        """Begin no more turns, give running ones their grace, end the rest, and let their models close."""
         self.closing = True
         wait_until(lambda: not self.running, LIMITS["grace"])
         for turn in list(self.running):
             self.end(turn, Failure("server_shutdown"))
+        wait_until(lambda: not self.models, 1)
 
 
 # ---- models: a model takes a history and returns an iterator of pieces -----------------------------------

@@ -1272,6 +1272,20 @@ class TestRunIt:
         assert "Traceback" not in process.stderr, process.stderr
         return process.stderr.strip()
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="looks at another process's limits")
+    @waits
+    def test_it_opens_as_many_files_as_the_system_allows(self):
+        import resource  # Windows lacks it
+
+        command = ["sh", "-c", 'ulimit -Sn 64; exec "$0" "$@"', sys.executable, str(SERVER), "--port", "0"]
+        with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE) as process:
+            try:
+                assert any(line.startswith(b"Serving on") for line in process.stdout)
+                soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+            finally:
+                process.kill()
+        assert soft == hard
+
     @waits
     def test_help_names_the_flags(self):
         shown = subprocess.run([sys.executable, str(SERVER), "--help"], capture_output=True, check=True).stdout.decode()
@@ -2722,6 +2736,17 @@ class TestSessionsOnDisk:
             assert server.request(method, f"/sessions/{path}").status == 200, name
 
     @waits
+    def test_the_limit_of_sessions_holds_where_the_disk_is_slow(self, serve):
+        with new_file() as file, ThreadPoolExecutor(12) as pool:
+            program = beside(file, ".py")
+            program.write_text(SERVER.read_text("utf-8").replace('"sessions": 10_000', '"sessions": 5'), "utf-8")
+            server = serve(*ON_DISK, "--db", str(file), program=program)
+            with locked(server, file):
+                made = [pool.submit(server.request, "POST", "/sessions/new") for _ in range(12)]
+                time.sleep(0.3)     # they wait for the file
+            assert sorted(done.result().status for done in made) == [200] * 5 + [503] * 7
+
+    @waits
     def test_a_stop_that_can_not_be_written_says_so(self, serve):
         with new_file() as file:
             server = serve("--chunk-delay", "0.05", "--log", "brief", "--db", str(file))
@@ -2965,6 +2990,7 @@ BAD_HEADS = [           # name, bytes, status, code. What follows on the connect
     bad_line(long_line(8193), 414, "uri_too_long"),
     ("a method without end", b"x" * 70_000, 414, "uri_too_long"),
     ("a target without end", b"GET /" + b"x" * 70_000, 414, "uri_too_long"),
+    ("a long target and a control character", b"GET /" + b"x" * 9000 + b"\0 HTTP/1.1\r\n\r\n", 414, "uri_too_long"),
     ("a head of 32 KiB and a byte", long_head(32_769), 431, "headers_too_large"),
     ("a name without end", b"GET /health HTTP/1.1\r\n" + b"x" * 70_000, 431, "headers_too_large"),
     ("a value without end", b"GET /health HTTP/1.1\r\nX:" + b" " * 70_000, 431, "headers_too_large"),

@@ -430,7 +430,7 @@ class Sessions:
         self.lock = threading.Lock()
         self.locks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # of sessions, while they are used
         self.sessions = database.sessions if database else {}
-        self.closing = False  # when true, no turn begins
+        self.shutting_down = False  # then no turn begins
         self.running: dict[Turn, None] = {}  # in the order of their start
         self.models = 0  # threads that run a model: one for each running turn, and some for ended ones
         self.successful = self.failed = self.created = self.chunks = self.bytes = 0
@@ -472,14 +472,14 @@ class Sessions:
         """
         with self.alone(session_id):
             session = self.sessions.get(session_id)
-            known = session.find(turn_id) if session and turn_id else None
-            if known:
-                if known.message != message:
+            repeated = session.find(turn_id) if session and turn_id else None
+            if repeated:
+                if repeated.message != message:
                     raise Refused("turn_id_reused", f"{turn_id} has another message. Choose a new turn_id.")
-                return known
+                return repeated
             if session and session.running_turn():
                 raise Refused("session_busy", "A turn is running in this session. Wait for it, or stop it.")
-            if self.closing or self.models >= self.settings.max_connections:
+            if self.shutting_down or self.models >= self.settings.max_connections:
                 raise Refused("overloaded", "Too many turns are running, or the server is shutting down.")
             created = session is None
             session = session or self.create(session_id, self.settings.model)
@@ -554,7 +554,7 @@ class Sessions:
             self.first_chunks.append((turn.first_due - turn.began) / 1e6)
 
     def stop(self, session_id: str, turn_id: str | None) -> bool:
-        """Stop the running turn if it is the one named, or if none is named. False if there is none."""
+        """Stop the running turn, unless `turn_id` names another turn. False if nothing was stopped."""
         turn = self.get(session_id).running_turn()
         if not turn or turn_id not in (None, turn.turn_id) or not self.end(turn, STOPPED):
             return False
@@ -602,7 +602,7 @@ class Sessions:
 
     def close(self) -> None:
         """Begin no more turns, give running ones their grace, end the rest, and let their models close."""
-        self.closing = True
+        self.shutting_down = True
         wait_until(lambda: not self.running, LIMITS["grace"])
         for turn in list(self.running):
             self.end(turn, Failure("server_shutdown"))
@@ -824,8 +824,8 @@ def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
         cause = cause.__cause__ or cause.__context__
     status = getattr(error, "code", None)
     if isinstance(status, int):
-        known = 401 if status == 400 and "API_KEY_INVALID" in str(error) else status
-        code = GEMINI_CODES.get(known, "model_error")
+        meant = 401 if status == 400 and "API_KEY_INVALID" in str(error) else status
+        code = GEMINI_CODES.get(meant, "model_error")
         said = without_keys(str(getattr(error, "message", None) or "no reason"))
         return Failure(code, f"{STREAM_ERRORS[code][1]} ({model_id}: {status}, {said})")
     here = [each for each in NETWORK if os.environ.get(each) or os.environ.get(each.lower())]
@@ -1053,7 +1053,7 @@ class Console:
         write = self._pretty if self.pretty else plain
         self.print(write(event, rows, at or wall_clock()))
 
-    def trouble(self, error: BaseException) -> None:
+    def trouble(self, error: BaseException | None) -> None:
         """Log an error that somebody must fix, on standard error in every mode. A bug has its traceback."""
         is_bug, said = not isinstance(error, DatabaseError), type(error).__name__
         shows_text = self.mode != "brief" or not is_bug  # a model's error may quote the message
@@ -1255,11 +1255,11 @@ class Head:
 cached_head = lru_cache(64)(Head)  # clients repeat their heads; to parse one is half of a small request
 
 
-def find_head(received: bytearray, known: int) -> tuple[Head, int] | None:
+def find_head(received: bytearray, checked: int) -> tuple[Head, int] | None:
     """The head that `received` begins with, and its size; None if more of it must come. Raises Refused.
 
     A head is parsed when it is whole. Before that, only control characters, a bare CR or LF and too many
-    bytes are refused. `known` is the length of `received` at the last call: those bytes have been checked.
+    bytes are refused. The first `checked` bytes were looked at in the last call.
     """
     begin, limit = 0, LIMITS["request_line"]
     while begin < 4 and received.startswith(b"\r\n", begin):  # empty lines: RFC 9112, section 2.2
@@ -1268,7 +1268,7 @@ def find_head(received: bytearray, known: int) -> tuple[Head, int] | None:
     head = bytes(received[begin : end + 2 if end >= 0 else begin + LIMITS["head"]])
     is_long = len(head) >= limit and b"\r\n" not in head[:limit]
     # The check begins one byte earlier, which may be a CR.
-    if BROKEN.search(head, max(known - begin - 1, 0), limit if is_long else len(head)):
+    if BROKEN.search(head, max(checked - begin - 1, 0), limit if is_long else len(head)):
         raise Refused("bad_request", "A head has no control characters, and CR and LF only together.")
     if is_long:
         raise Refused("uri_too_long", f"A request line must have at most {limit >> 10} KiB.")
@@ -1630,15 +1630,15 @@ def find_route(paths: Paths, method: str, path: str) -> tuple[Route, str, str]:
     Raises Refused: not_found, method_not_allowed.
     """
     match = SESSION_PATH.fullmatch(path)
-    session_id, known = "", path
+    session_id, template = "", path
     if match:
-        session_id, known = unquote(match[1]), f"/sessions/{{session_id}}{match[2] or ''}"
-    if known not in paths:
+        session_id, template = unquote(match[1]), f"/sessions/{{session_id}}{match[2] or ''}"
+    if template not in paths:
         raise Refused("not_found", f"There is nothing at {path[:200]}. GET / lists the endpoints.")
-    allow = ", ".join(paths[known])
-    if method not in paths[known]:
+    allow = ", ".join(paths[template])
+    if method not in paths[template]:
         raise Refused("method_not_allowed", f"This path takes {allow}.", allow)
-    return paths[known][method], session_id, allow
+    return paths[template][method], session_id, allow
 
 
 # ---- OpenAPI: the routes and events as a description for programs ----------------------------------------
@@ -1780,7 +1780,7 @@ class Handler(Endpoints):
         except OSError:  # the client left
             raise
         except Exception as error:
-            if self.sessions.closing:  # the database may be closed
+            if self.sessions.shutting_down:  # the database may be closed
                 return problem(Refused("overloaded", "The server is shutting down."))
             self.server.console.trouble(error)
             return problem(Refused("internal_error", STREAM_ERRORS["internal_error"][1]))
@@ -1801,12 +1801,12 @@ class Handler(Endpoints):
 
     def read_head(self) -> Head | None:
         """The next head; None if the connection ends or stays idle. Empty lines do not start a request."""
-        begun, known, end = False, 0, time.monotonic() + LIMITS["idle"]
-        while not self.received or not (found := find_head(self.received, known)):
+        begun, checked, end = False, 0, time.monotonic() + LIMITS["idle"]
+        while not self.received or not (found := find_head(self.received, checked)):
             if not begun and self.received.strip(b"\r\n"):
                 begun, end = True, time.monotonic() + LIMITS["head_time"]
                 self.server.idle.discard(self.request)
-            known = len(self.received)
+            checked = len(self.received)
             if not self.receive(end, "head" if begun else ""):
                 return None
         self.server.idle.discard(self.request)
@@ -1949,7 +1949,7 @@ class Server(ThreadingHTTPServer):
         self.close_request(request)  # without a shutdown() before it, which is one more system call
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        self.console.trouble(sys.exception() or RuntimeError())
+        self.console.trouble(sys.exception())
 
     def close(self, keeps_listening: bool) -> None:
         """Accept no more connections, answer the requests that were sent, and end all turns.
@@ -2139,7 +2139,7 @@ def serve(server: Server, seen: list, private: str) -> NoReturn:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     sys.setswitchinterval(0.05)  # seconds; with many streams, 0.005 would spend most time on switching
-    sys.unraisablehook = lambda unraisable: server.console.trouble(unraisable.exc_value or RuntimeError())
+    sys.unraisablehook = lambda unraisable: server.console.trouble(unraisable.exc_value)
     greet(server)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     latest = latest_version(seen)

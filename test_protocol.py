@@ -2736,6 +2736,20 @@ class TestSessionsOnDisk:
             assert server.request(method, f"/sessions/{path}").status == 200, name
 
     @waits
+    def test_an_error_within_a_stream_is_one_of_the_logs_lines(self, serve):
+        with new_file() as file:
+            end_process(server := serve(*ON_DISK, "--db", str(file)), "terminate")
+            changed(file, "INSERT INTO sessions VALUES ('s', 'offline', 0, 0)",
+                    "INSERT INTO turns VALUES ('s', 't', 'Hi', 'Hello', '', '', x'00')")
+            server = serve(*ON_DISK, "--db", str(file))
+            connection = server.connect()
+            connection.send(http_request("GET", "/sessions/s/stream"))
+            assert connection.at_end()
+            assert wait_until(lambda: "trouble error=" in server.log())
+            assert "zlib.error" in server.log() and "Exception occurred" not in server.log()
+            os.truncate(server.output, 0)       # the traceback is right there
+
+    @waits
     def test_the_limit_of_sessions_holds_where_the_disk_is_slow(self, serve):
         with new_file() as file, ThreadPoolExecutor(12) as pool:
             program = beside(file, ".py")
@@ -2743,7 +2757,7 @@ class TestSessionsOnDisk:
             server = serve(*ON_DISK, "--db", str(file), program=program)
             with locked(server, file):
                 made = [pool.submit(server.request, "POST", "/sessions/new") for _ in range(12)]
-                time.sleep(0.3)     # they wait for the file
+                time.sleep(0.2)     # they wait for the file
             assert sorted(done.result().status for done in made) == [200] * 5 + [503] * 7
 
     @waits
@@ -4595,6 +4609,7 @@ class Waiting:
         self.closed.wait(60)
 
     def close(self):
+        time.sleep(0.2)     # a server that ends waits for it
         if not self.closed.is_set():
             Path(self.file).write_text("closed")
         self.closed.set()

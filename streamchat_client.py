@@ -11,16 +11,17 @@
         if event["type"] == "chunk":
             print(event["text"], end="", flush=True)
 
-No word is lost or doubled, since a turn has a name before it is sent, and its POST may be sent again:
+The client names the session and the turn before it sends a message, so it may send the same POST again:
 
-    name session and turn ──► POST ──► read lines ──► complete, or an error that stays
-                               ▲           │
-                               └── pause ◄─┘   no connection, a cut, 30 s without a byte, 408, 429, 502, 503, 504,
-                                               an error with "retryable": true
+    POST /sessions/{session_id}/stream ──► lines ──► complete, or an error that is not retryable
+      ▲                                      │
+      └──────────────── pause ◄──────────────┘  no connection, a cut, 30 s of silence,
+                                                408, 429, 502, 503, 504, a retryable error
 
-What comes again from its first line is compared with what is here. A session_info line of the same bytes: it is the
-same run of the turn, and chunks up to the last that came are skipped by their chunk_number. Other bytes: another run,
-since the server lost the first; what came of that is dropped. Only a terminal event ends an answer, whatever HTTP says.
+The server then sends the log of the turn from its first line. If the session_info line has the same bytes
+as before, it is the same run of the turn, and the client skips the chunks that it has. Otherwise the turn was
+run again, and the client drops the text of the earlier run. Only a terminal event ends an answer; the end of
+the connection means nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ import json
 import os
 import random
 import re
-import shutil
+import select
 import signal
+import socket
 import ssl
 import sys
 import threading
@@ -41,260 +43,84 @@ import unicodedata
 import uuid
 import webbrowser
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
-from pathlib import Path
-from queue import Empty, Queue
-from selectors import EVENT_READ, DefaultSelector
-from typing import Any, NamedTuple
+from http import client as http
+from typing import Any
 from urllib.parse import quote, urlsplit
 
-# ---- limits and tables. They know no function. -----------------------------------------------------------------------
+# ---- limits ------------------------------------------------------------------------------------------------
 
-SILENCE = 30  # seconds without a byte: then the server is stuck, since it sends a ping at least every 15
-REPLY_TIME = 10  # seconds without a byte of an answer that is no stream: it is made at once
-STOP_TIME = 3  # seconds in which a stop must work, and what comes before the first POST: a person waits
-LAST_CHUNK_TIME = 1  # seconds for the last transfer chunk, which is sent together with the terminal event
+SILENCE = 30  # seconds without a byte of a stream: the server sends a ping every 15 s at the latest
+REPLY_TIME = 10  # seconds without a byte of any other answer
+STOP_TIME = 3  # seconds in which the server must confirm a stop: a person waits
+STALL_TIME = 1  # seconds from there to the end of the stream
 RETRIES = 8  # after the first POST, and after each new chunk
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.2, 5, 60  # seconds
-RETRIED = {408, 429, 502, 503, 504}  # statuses that the same request may not get again
-MAX_HEAD = 1000  # lines; http.client allows 100 for each head
-MAX_LINE = 64 << 10  # bytes: the protocol's lines are shorter
-MAX_ANSWER = 16 << 20  # bytes of an answer that is no stream: a session's history has no limit of its own
-READ_SIZE = 64 << 10  # bytes
-FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"  # of the sign that something is awaited
-WIDTH = 62  # columns inside a box
-RULE = "─" * 60
+RETRIED = {408, 429, 502, 503, 504}  # statuses of transient failures
+MAX_LINE = 64 << 10  # bytes: a line of the protocol is shorter
 
 ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")
-URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # without user, query and fragment
+URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # no user, query or fragment
 TOKEN = re.compile(r"[!-~]+")
 
-EVENTS = {  # the types, and of their fields those that are used here ("?": a client can go on without)
-    "session_info": "model? created?", "status": "context_messages?", "chunk": "text chunk_number",
-    "complete": "finish_reason? total_chunks? message_count?", "error": "message code? retryable?", "ping": "",
-}
-TERMINAL = ("complete", "error")
-OWN = ("retry", "resumed")  # types of events that this client makes, and takes from no server
-GAP = "a part of the stream is missing"
-NONSENSE = "The server sent {}. Is it a server of this protocol?"
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "session_id": str, "model": str, "created": bool, "timestamp": str, "context_messages": int, "text": str,
-    "chunk_number": int, "finish_reason": str, "total_chunks": int, "message_count": int, "message": str, "code": str,
-    "retryable": bool, "stopped": bool, "sessions": list, "duration_minutes": (int, float), "created_at": str,
-    "user_messages": int, "model_messages": int, "messages": list, "role": str,
-    "session_duration_seconds": (int, float), "latest_turn": (dict, type(None)), "turn_id": str, "state": str,
-    "status": str, "uptime_seconds": (int, float), "total_requests": int, "successful_requests": int,
-    "failed_requests": int, "active_sessions": int, "streaming_connections": int, "total_sessions_created": int,
-    "average_response_time": (int, float, type(None)), "start_time": str, "framework": str,
-    "features": list,
-}
-HEALTH = "status model uptime_seconds total_requests successful_requests failed_requests active_sessions " \
-         "streaming_connections"
+Event = dict[str, Any]
+Wait = Callable[["ChatError", int, float], None]
 
 
-# ---- errors: each says what did not work as a sentence for a person, and whether the same request may help. ----------
+# ---- errors ------------------------------------------------------------------------------------------------
 
 
 class ChatError(Exception):
-    """What did not work: the base of all errors here."""
+    """A request or a turn failed. The text is a sentence for a person.
 
-    retryable = False  # whether the same request may help
-    retry_after = 0.0  # seconds to wait before it
-
-
-class Lost(ChatError):
-    """The connection could not be made, or broke."""
-
-    retryable = True
-
-
-class StreamCut(Lost):
-    """The stream ended without a terminal event, or a part of it is missing."""
-
-
-class IdleDied(Lost):
-    """A connection that was kept from the request before did not answer a byte: only a new one tells."""
-
-
-class Refused(ChatError):
-    """The server answered with another status than 200; `code` is that of its problem (RFC 9457), if it is one."""
-
-    def __init__(self, detail: str, status: int, code: str = "", retry_after: float = 0) -> None:
-        super().__init__(detail)
-        self.status, self.code, self.retry_after, self.retryable = status, code, retry_after, status in RETRIED
-
-
-class TurnFailed(ChatError):
-    """The turn ended with an `error` event."""
-
-    def __init__(self, event: Event) -> None:
-        super().__init__(event["message"])
-        self.code, self.retryable = event.get("code", ""), event.get("retryable", False)
-
-
-class SessionDeleted(ChatError):
-    """Somebody deleted the session while its turn was cut off; the same POST would make it anew."""
-
-
-class BadServer(ChatError):
-    """What came is not this protocol."""
-
-
-# ---- wire: bytes -> lines -> events. It knows no sessions and no retries. --------------------------------------------
-
-
-class Event(dict[str, Any]):
-    """One event, as a dict. `line` has its bytes, or none where this client made it; `coding` is what brought it."""
-
-    line = b""
-    coding = "none"
-
-
-class HeadLines:
-    """The file of a response while http.client reads its head: it remembers the last line, and bounds their number."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.line, self.count = file, b"", 0
-
-    def readline(self, limit: int) -> bytes:
-        self.line, self.count = self.file.readline(limit), self.count + 1
-        if self.count > MAX_HEAD:  # of 100 (Continue), say, which http.client skips without end
-            raise HTTPException("a head without an end")
-        return self.line
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class Response(HTTPResponse):
-    """http.client takes a head that was cut for a whole one, and so a cut for an answer. This one raises."""
-
-    def begin(self) -> None:
-        """Read the head from `fp`, which http.client sets to None where it gives up. A cut raises IncompleteRead."""
-        head = HeadLines(self.fp)
-        self.fp: Any = head
-        try:
-            super().begin()
-            while 101 < self.status < 200:  # RFC 9110, section 15.2; http.client skips only 100
-                self.headers = self.msg = None  # type: ignore[assignment]  # or it takes the head as read
-                super().begin()
-        except BadStatusLine:
-            # RemoteDisconnected, where nothing came, stays what it is; the beginning of a status line is a cut
-            if head.line and not head.line.endswith(b"\n") and b"HTTP/".startswith(head.line[:5]):
-                raise IncompleteRead(head.line) from None
-            raise
-        finally:
-            self.fp = self.fp and head.file
-        if not head.line.endswith(b"\n"):
-            raise IncompleteRead(head.line)
-
-
-def read_events(response: HTTPResponse) -> Iterator[Event]:
-    """The events of a stream, up to the terminal one. Raises StreamCut where it ends earlier, or BadServer.
-
-    read1() returns what is there, and raises where a transfer chunk is missing at the end (RFC 9112, section 8).
-    readline() would take that end for a clean one.
+    `code` is the server's, or "unreachable" (no connection), "cut" (a lost connection), "unexpected" (not
+    this protocol). `status` is the HTTP status, 0 if none came. `retryable` tells whether the same request
+    may work later, after `retry_after` seconds at the earliest.
     """
-    coding, rest = response.headers.get("Transfer-Encoding", "none"), b""
-    while True:
-        try:
-            data = response.read1(READ_SIZE)
-        except (OSError, HTTPException) as error:
-            raise StreamCut(reason(error)) from error
-        if not data:
-            raise StreamCut("the stream ended before the answer did")
-        *lines, rest = (rest + data).split(b"\n")
-        for line in filter(bytes.strip, lines):
-            event = parse_event(line + b"\n")
-            event.coding = coding
-            yield event
-            if event["type"] in TERMINAL:
-                return
-        if len(rest) >= MAX_LINE or rest.lstrip()[:1] not in (b"", b"{"):  # it can't become an event any more
-            raise BadServer(NONSENSE.format("a line that is not JSON"))
+
+    def __init__(self, text: str, code: str = "", retryable: bool = False,
+                 status: int = 0, retry_after: float = 0) -> None:
+        super().__init__(text)
+        self.code, self.retryable, self.status, self.retry_after = code, retryable, status, retry_after
 
 
-def parse_event(line: bytes) -> Event:
-    """A line as an event. Raises BadServer."""
-    if len(line) >= MAX_LINE:
-        raise BadServer(NONSENSE.format("a line of more than 64 KiB"))
-    event = Event(parse_object(line, "a line"))
-    event.line = line
-    kind = event.get("type")
-    if not isinstance(kind, str):
-        raise BadServer(NONSENSE.format("an event without a type"))
-    check(event, f"an event of type {kind}", EVENTS.get(kind, ""))
-    return event
+def unexpected() -> ChatError:
+    """The error for an answer that this protocol does not have."""
+    return ChatError("The server sent an unexpected answer. Does it speak this protocol?", "unexpected")
 
 
-def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object. Raises BadServer for anything else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadServer(NONSENSE.format(f"{what} that is not JSON")) from error
-    if not isinstance(value, dict):
-        raise BadServer(NONSENSE.format(f"{what} that is not a JSON object"))
-    return value
-
-
-def check(value: Any, what: str, fields: str) -> None:
-    """Raise BadServer unless these fields are there ("?": or not), each of its type."""
-    for field in fields.split():
-        name = field.removesuffix("?")
-        if not isinstance(value, dict) or (name in value or name == field) and not isinstance(
-                value.get(name, ...), FIELDS[name]):
-            raise BadServer(NONSENSE.format(f"{what} whose {name} is missing or wrong"))
-
-
-def reason(error: Exception) -> str:
-    """What happened to a connection, in a few words."""
+def lost(error: Exception) -> ChatError:
+    """The error for an exception that ended a connection."""
     if isinstance(error, TimeoutError):
-        return "the server was silent for too long"
-    if isinstance(error, ConnectionRefusedError):
-        return "the connection was refused"
-    if isinstance(error, ConnectionError | IncompleteRead):
-        return "the connection broke"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return ChatError("The server was silent for too long.", "cut", retryable=True)
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+        return ChatError(f"TLS failed: {error}.", "unexpected")
+    half_a_status_line = isinstance(error, http.BadStatusLine) and "HTTP/".startswith(str(error)[:5])
+    if isinstance(error, OSError | http.IncompleteRead) or half_a_status_line:
+        return ChatError("Connection lost.", "cut", retryable=True)
+    return unexpected()
 
 
-def read_body(response: HTTPResponse, limit: int) -> bytes:
-    """The body of an answer that is no stream, or its first `limit` bytes. Raises Lost where it was cut."""
-    body = bytearray()
-    try:  # not by read(), which takes a transfer chunk of negative size for one without end
-        while len(body) < limit and (data := response.read1(min(limit - len(body), READ_SIZE))):
-            body += data
-        if len(body) < limit:
-            response.read(0)  # http.client notes the end of a body of known length only there
-    except (OSError, HTTPException) as error:
-        raise Lost(reason(error)) from error
-    length = response.headers.get("Content-Length", "")
-    if len(body) < limit and length.isdecimal() and len(body) < int(length[:20]):  # int() refuses very many digits
-        raise Lost("the connection broke")
-    return bytes(body)
-
-
-def read_refusal(response: HTTPResponse) -> Refused:
-    """What another status than 200 says: the problem's detail (RFC 9457) where it is one. A proxy's HTML is none."""
-    status = f"{response.status} {response.reason}".strip()
-    if 300 <= response.status < 400:
-        place = response.headers.get("Location", "nowhere")
-        return Refused(f"The server redirects to {place} ({status}). If you trust it, give that address as --url.",
-                       response.status)
-    body = read_body(response, MAX_LINE)
-    problem: dict[str, Any] = {}
-    with suppress(BadServer):
-        problem = parse_object(body, "a problem")
-    detail, code = problem.get("detail"), problem.get("code")
-    return Refused(detail if isinstance(detail, str) and detail else f"The server answered {status}.", response.status,
-                   code if isinstance(code, str) else "", seconds_of(response.headers.get("Retry-After", "")))
+def refused(response: http.HTTPResponse) -> ChatError:
+    """The error for a status other than 200: the detail of its problem (RFC 9457), or the status line."""
+    status = response.status
+    if 300 <= status < 400:
+        place = response.headers.get("Location", "another place")
+        return ChatError(f"The server redirects to {place}: if you trust it, give it as --url.",
+                         "unexpected", status=status)
+    detail, code = f"The server answered {status} {response.reason}.", ""
+    with suppress(ChatError):
+        problem = json_object(read_body(response))
+        if isinstance(problem.get("detail"), str):
+            detail, code = problem["detail"], str(problem.get("code", ""))
+    retry_after = seconds_of(response.headers.get("Retry-After", ""))
+    return ChatError(detail, code, status in RETRIED, status, retry_after)
 
 
 def seconds_of(retry_after: str) -> float:
-    """The seconds that a Retry-After field asks for, as a number or a date (RFC 9110, section 10.2.3); else 0."""
+    """The seconds that a Retry-After field asks for (RFC 9110, section 10.2.3), or 0."""
     if retry_after.isdecimal():
         return float(retry_after[:9])
     with suppress(ValueError, TypeError, OverflowError):
@@ -302,174 +128,101 @@ def seconds_of(retry_after: str) -> float:
     return 0
 
 
-# ---- Api: the endpoints, and a turn that survives cuts. It prints nothing, and knows no terminal. --------------------
+# ---- wire: bytes become lines, lines become events. It does not depend on sessions and retries. ------------
+
+USED: dict[str, dict[str, type]] = {  # the fields that must be right
+    "chunk": {"text": str, "chunk_number": int}, "error": {"message": str},
+}
 
 
-class Received:
-    """What came of a run of a turn: enough to tell what is new when its log comes again from the first line."""
+def read_event(response: http.HTTPResponse) -> tuple[Event, bytes]:
+    """The next event of a stream, and its line. Raises ChatError, IncompleteRead at the end of the stream."""
+    line = b""
+    while not line.strip():  # blank lines are allowed
+        line = response.readline(MAX_LINE)
+        if len(line) == MAX_LINE:
+            raise unexpected()
+        if not line.endswith(b"\n"):
+            raise http.IncompleteRead(line)
+    event = json_object(line)
+    kind = event.get("type")
+    if not isinstance(kind, str):
+        raise unexpected()
+    for name, wanted in USED.get(kind, {}).items():
+        if not isinstance(event.get(name), wanted):
+            raise unexpected()
+    return event, line
 
-    run = b""  # its session_info line
-    chunks = 0  # their numbers are 1 to this
-    others = 0  # lines of the log but session_info, chunks and the terminal event
+
+def read_body(response: http.HTTPResponse) -> bytes:
+    """A whole body. Raises IncompleteRead if it was cut.
+
+    http.client takes a head that was cut for the head of an answer without a body.
+    """
+    length = response.length
+    body = response.read()
+    if not body and length is None:
+        raise http.IncompleteRead(body)
+    return body
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in these bytes. Raises ChatError for anything else."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(data)
+        if isinstance(value, dict):
+            return value
+    raise unexpected()
+
+
+# ---- api: the endpoints. It prints nothing and does not depend on a terminal. ------------------------------
 
 
 class Api:
-    """A server of streamable HTTP chat.
+    """A server of streamable HTTP chat. Each request has a connection of its own.
 
-    Every method raises ChatError. Answers are the server's JSON objects. Between requests one connection is kept.
+    Every method raises ChatError. The dicts and lists are the server's JSON; their fields are not checked.
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None) -> None:
-        """Raises ValueError where `url` is none of http or https (with a path, where a proxy has the server there)."""
-        if not URL.fullmatch(url):
-            raise ValueError(f"{url!r} is not like http://HOST:PORT")
+        """Raises ValueError unless the URL is http or https. A path is kept, for a server behind a proxy."""
         parts = urlsplit(url)
-        host, secure = parts.hostname, parts.scheme == "https"
-        if not host or parts.port == 0:
-            raise ValueError(f"{url!r} has no host, or no port")
-        host.encode("idna")  # raises ValueError here rather than when it connects
-        self.url, self._path = url.rstrip("/"), parts.path.rstrip("/")
-        self._kind = HTTPSConnection if secure else HTTPConnection
-        self._address = host, parts.port or self._kind.default_port
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        self._started = ""  # the server's start_time, when it was asked last
-        self._streams_by_path = True  # so that a proxy can send each session to the server that has it
-        self._idle: list[HTTPConnection] = []  # at most one; a list, whose pop() and append() are safe between threads
+        if not URL.fullmatch(url) or not parts.hostname or parts.port == 0:
+            raise ValueError(f"{url!r} is not like http://HOST:PORT")
+        parts.hostname.encode("idna")  # raises ValueError for a name that no machine can have
+        self.url = url.rstrip("/")
+        self._path = parts.path.rstrip("/")
+        self._kind = http.HTTPSConnection if parts.scheme == "https" else http.HTTPConnection
+        self._address = parts.hostname, parts.port or self._kind.default_port
+        self._headers = {"Content-Type": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
 
-    def chat(self, message: str, session_id: str | None = None, turn_id: str | None = None,
-             known: bool = False, pause: Callable[[float], Any] = time.sleep) -> Iterator[Event]:
-        """Send a message, and yield the events of its turn, each once, to the `complete` one; else raise ChatError.
+    def chat(self, message: str, session_id: str = "", turn_id: str = "") -> Iterator[Event]:
+        """Send a message, and yield each event of its turn once, up to `complete`, whatever is cut.
 
-        After a cut the same POST is sent again. Beside the server's events, this yields `retry` (`reason`, `number`,
-        `seconds` until it) before it is sent, and `resumed` when the same run goes on. A second `session_info` means
-        another run: what came before it is dropped. After an `error` comes a `retry` or TurnFailed.
-
-        `known` says that the server has the session. When it has, and the session is deleted meanwhile, it is not made
-        anew, but SessionDeleted raised. (A server that has its sessions on disk loses none. Where it has not, its
-        start_time tells a delete from a restart, so the first chat() asks for that.) `pause` waits for so many seconds;
-        it may raise to end all this.
+        A second `session_info` means that the turn was run again: drop the text that came before it.
         """
-        if not self._started:
-            self._ask_start_time()
-        body = {"message": message, "session_id": session_id or new_id(), "turn_id": turn_id or new_id()}
-        received, tries, unseen = Received(), 0, 0
-        most = 0  # chunks that came, of whatever run: only more of them are progress
-        while True:
-            try:
-                if tries and known:
-                    known = self._still_has(body["session_id"])
-                if tries:
-                    self.close()  # a connection that is new can't die of idleness, so each try is one POST
-                for event in self._receive(body, received):
-                    if event["type"] == "session_info":
-                        if known and event.get("created"):  # it was restarted without our knowledge
-                            self._ask_start_time()
-                        known = True
-                    if received.chunks > most:
-                        tries, most = 0, received.chunks
-                    yield event
-                return
-            except IdleDied:  # only the first POST finds a kept connection: another one, at once and unseen
-                unseen = 1
-                continue
-            except ChatError as error:
-                tries += unseen if type(error) is Lost else 0  # it was not idleness, if a new one died in the same way
-                if not error.retryable or tries >= RETRIES:
-                    raise
-                trouble = error
-            seconds = pause_before(tries, trouble.retry_after)
-            tries, unseen = tries + 1, 0
-            yield Event(type="retry", reason=str(trouble), number=tries, seconds=seconds)
-            pause(seconds)
-
-    def _receive(self, body: dict[str, str], received: Received) -> Iterator[Event]:
-        """POST a turn, and yield the events that are not in `received` yet."""
-        opened, others = False, 0
-        for event in self._stream(body):
-            kind = event["type"]
-            if kind in OWN:
-                continue
-            if kind == "session_info":
-                if event.line != received.run:
-                    received.run, received.chunks, received.others, others = event.line, 0, 0, 0
-                    yield event
-                elif not opened:
-                    yield Event(type="resumed")
-                opened = True
-            elif kind == "chunk":
-                if not opened or event["chunk_number"] > received.chunks + 1:
-                    raise StreamCut(GAP)
-                if event["chunk_number"] > received.chunks:
-                    received.chunks += 1
-                    yield event
-            elif kind in ("ping", *TERMINAL):
-                if kind == "complete" and (event.get("total_chunks", received.chunks) != received.chunks
-                                           or opened != bool(received.run)):
-                    raise StreamCut(GAP)
-                yield event
-            else:  # status, and what later versions may have: told apart by their place alone
-                others += 1
-                if others > received.others:
-                    received.others += 1
-                    yield event
-        if kind == "error":
-            raise TurnFailed(event)
-
-    def _still_has(self, session_id: str) -> bool:
-        """Whether the server may still have a session. Raises SessionDeleted; False where a restart has lost it."""
-        before = self._started
-        try:
-            self.session(session_id)
-        except Refused as error:
-            if error.status == 404:
-                now = self._ask_start_time()
-                if self._loses_no_session() or (now and now == before):
-                    raise SessionDeleted("The session was deleted meanwhile, and the answer with it.") from error
-                return not now
-        except BadServer:
-            pass  # the POST will tell
-        return True
-
-    def _loses_no_session(self) -> bool:
-        """Whether the server says that it keeps sessions on disk."""
-        with suppress(ChatError):
-            return "sessions on disk" in self._ask("GET", "/", "features", silence=STOP_TIME)["features"]
-        return False
-
-    def _ask_start_time(self) -> str:
-        """The server's start_time, or "" where it does not tell."""
-        with suppress(ChatError):
-            self._started = self._ask("GET", "/stats", "start_time", silence=STOP_TIME)["start_time"]
-            return self._started
-        return ""
+        for event, _ in Turn(self, message, session_id, turn_id).run():
+            yield event
 
     def stop(self, session_id: str, turn_id: str | None = None) -> bool:
-        """Stop the running turn, or only the one that is named. False where it was not running."""
-        body = {"turn_id": turn_id} if turn_id else None
-        return self._ask("POST", path_of(session_id, "/stop"), "stopped", body, STOP_TIME)["stopped"]
+        """Stop the running turn, or only the one that is named. Returns False if it was not running."""
+        answer = self._ask("POST", path_of(session_id, "/stop"), {"turn_id": turn_id}, STOP_TIME)
+        return answer.get("stopped") is True
 
     def new_session(self, session_id: str | None = None, model_id: str | None = None) -> dict[str, Any]:
         """Create a session."""
-        return self._ask("POST", "/sessions/new", "session_id model timestamp",
-                         {"session_id": session_id or new_id(), "model_id": model_id})
+        body = {"session_id": session_id or new_id(), "model_id": model_id}
+        return self._ask("POST", "/sessions/new", body)
 
     def sessions(self) -> list[dict[str, Any]]:
         """All sessions, last active first."""
-        sessions = self._ask("GET", "/sessions", "sessions")["sessions"]
-        for session in sessions:
-            check(session, "a session", "session_id message_count duration_minutes created_at")
-        return sessions
+        return self._ask("GET", "/sessions").get("sessions", [])
 
     def session(self, session_id: str) -> dict[str, Any]:
-        """One session, with its `messages`, and its `latest_turn` while that is kept."""
-        session = self._ask("GET", path_of(session_id),
-                            "session_id model message_count user_messages model_messages session_duration_seconds "
-                            "created_at messages latest_turn")
-        for message in session["messages"]:
-            check(message, "a message", "role text timestamp")
-        if session["latest_turn"]:
-            check(session["latest_turn"], "a turn", "turn_id state message")
-        return session
+        """One session, with its `messages` and its `latest_turn`."""
+        return self._ask("GET", path_of(session_id))
 
     def clear(self, session_id: str) -> None:
         """Forget the messages of a session."""
@@ -480,122 +233,53 @@ class Api:
         self._ask("DELETE", path_of(session_id))
 
     def health(self) -> dict[str, Any]:
-        """Is the server alive, and what does it do. Needs no token."""
-        return self._ask("GET", "/health", HEALTH)
+        """Whether the server is alive, and what it does. Needs no token."""
+        return self._ask("GET", "/health")
 
     def stats(self) -> dict[str, Any]:
         """The server's counters and averages."""
-        return self._ask("GET", "/stats", HEALTH + " total_sessions_created average_response_time start_time framework")
+        return self._ask("GET", "/stats")
 
-    def close(self) -> None:
-        """Close the connection that is kept."""
-        while self._idle:
-            self._idle.pop().close()
+    def _ask(self, method: str, path: str, body: Any = None, silence: float = REPLY_TIME) -> dict[str, Any]:
+        with self.exchange(self.connect(silence), method, path, body) as response:
+            return json_object(read_body(response))
 
-    def _stream(self, body: dict[str, str]) -> Iterator[Event]:
-        path = path_of(body["session_id"], "/stream") if self._streams_by_path else "/chat/stream"
+    def connect(self, silence: float) -> http.HTTPConnection:
+        """A new connection that waits so many seconds for each byte. Raises ChatError ("unreachable")."""
+        connection = self._kind(*self._address, timeout=silence)
         try:
-            with self._exchange("POST", path, body, SILENCE) as response:
-                yield from read_events(response)
-        except Refused as error:
-            if not self._streams_by_path or error.status not in (404, 405):
-                raise
-            self._streams_by_path = False  # an older server
-            yield from self._stream(body)
-
-    def _ask(self, method: str, path: str, fields: str = "", body: dict[str, Any] | None = None,
-             silence: float = REPLY_TIME) -> dict[str, Any]:
-        try:
-            answer = self._ask_once(method, path, body, silence)
-        except IdleDied:
-            answer = self._ask_once(method, path, body, silence)
-        check(answer, f"an answer to {method} {path}", fields)
-        return answer
-
-    def _ask_once(self, method: str, path: str, body: dict[str, Any] | None, silence: float) -> dict[str, Any]:
-        with self._exchange(method, path, body, silence) as response:
-            return parse_object(read_body(response, MAX_ANSWER), "an answer")
+            connection.connect()
+        except ssl.SSLError as error:
+            raise lost(error) from error
+        except OSError as error:
+            reason = error.strerror or "no answer"
+            raise ChatError(f"Server unreachable ({reason}).", "unreachable", retryable=True) from error
+        return connection
 
     @contextmanager
-    def _exchange(self, method: str, path: str, body: Any, silence: float) -> Iterator[HTTPResponse]:
-        """Send a request and give its response. Afterwards the connection is kept, if the response was read whole."""
-        connection, response = self._send(method, path, body, silence)
-        refusal = None
-        try:
-            if response.status == 200:
-                yield response
-            else:
-                refusal = read_refusal(response)
-        except BaseException:  # what was not read of this answer would be taken for the next one
-            close(connection, response)
-            raise
-        self._keep(connection, response)
-        if refusal:
-            raise refusal
-
-    def _send(self, method: str, path: str, body: Any, silence: float) -> tuple[HTTPConnection, HTTPResponse]:
-        """Send a request; returns when the head of its response is read. Raises Lost or BadServer."""
+    def exchange(self, connection: http.HTTPConnection, method: str, path: str,
+                 body: Any) -> Iterator[http.HTTPResponse]:
+        """Send a request, give its response if the status is 200, and close the connection in the end."""
         data = None if body is None else json.dumps(body).encode()
-        reused = self._take_idle()
-        connection = reused or self._kind(*self._address)
-        connection.response_class = Response
-        connection.timeout = silence
+        response = None
         try:
-            if reused:
-                reused.sock.settimeout(silence)
-            else:
-                connection.connect()
-            with suppress(BrokenPipeError, ConnectionResetError):  # an answer that was sent early is there to read
+            with suppress(BrokenPipeError, ConnectionResetError):  # the answer may come before all is sent
                 connection.request(method, self._path + path, data, self._headers)
-            return connection, connection.getresponse()
-        except (OSError, HTTPException) as error:
+            response = connection.getresponse()
+            if response.status != 200:
+                raise refused(response)
+            yield response
+        except (OSError, http.HTTPException) as error:
+            raise lost(error) from error
+        finally:
+            if response:
+                response.close()
             connection.close()
-            if isinstance(error, ConnectionError) and reused:
-                raise IdleDied(reason(error)) from error
-            tls = isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
-            if isinstance(error, OSError | IncompleteRead) and not tls:
-                raise Lost(reason(error)) from error
-            what = "TLS as it should" if tls else "HTTP"
-            raise BadServer(f"The server does not speak {what} ({str(error)[:200].strip()}).") from error
-
-    def _take_idle(self) -> HTTPConnection | None:
-        """The connection that was kept, unless the server has closed it (RFC 9112, section 9.3.1), or sent what nobody
-        asked for, which would be taken for the next answer."""
-        with suppress(IndexError):
-            connection = self._idle.pop()
-            with DefaultSelector() as selector:
-                selector.register(connection.sock, EVENT_READ)
-                if not selector.select(0):
-                    return connection
-            connection.close()
-        return None
-
-    def _keep(self, connection: HTTPConnection, response: HTTPResponse) -> None:
-        if connection.sock and not response.isclosed():  # the last transfer chunk is not read yet
-            connection.sock.settimeout(LAST_CHUNK_TIME)
-            with suppress(OSError, HTTPException):
-                response.read1(1)
-        if connection.sock and response.isclosed() and not self._idle:
-            self._idle.append(connection)
-        else:
-            close(connection, response)
 
 
-def close(connection: HTTPConnection, response: HTTPResponse) -> None:
-    """Close both: the response has the socket where its end is that of the connection."""
-    response.close()
-    connection.close()
-
-
-def pause_before(tries: int, retry_after: float) -> float:
-    """Seconds to wait after so many tries: at random between half and all of it, or all clients come back at once."""
-    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** tries) * random.uniform(0.5, 1)
-    return max(pause, min(retry_after, LONGEST_RETRY_AFTER))
-
-
-def path_of(session_id: str, what: str = "") -> str:
-    """The path of a session, whose id may be anything that a server sent."""
-    return f"/sessions/{quote(session_id, safe='', errors='replace')}{what}"
+def path_of(session_id: str, rest: str = "") -> str:
+    """The path of a session."""
+    return f"/sessions/{quote(session_id, safe='', errors='replace')}{rest}"
 
 
 def new_id() -> str:
@@ -603,23 +287,190 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
-# ---- text: what a terminal can show, and how it gets there. It knows nothing of turns and servers. -------------------
+# ---- turn: the same POST until the answer is whole ---------------------------------------------------------
+
+
+class Turn:
+    """A user's message and its names. Sent again with the same names, it is the same turn."""
+
+    def __init__(self, api: Api, message: str, session_id: str = "", turn_id: str = "") -> None:
+        self.api, self.message = api, message
+        self.session_id, self.turn_id = session_id or new_id(), turn_id or new_id()
+        self.sent = False  # whether the server may know of this turn
+        self.coding = "none"  # the transfer coding of the answer
+        self._socket: Any = None
+
+    def run(self, wait: Wait | None = None) -> Iterator[tuple[Event, bytes]]:
+        """Send the turn, again after each transient failure. Yields each event once, with its line.
+
+        Ends after `complete`; any other end raises ChatError. Before each retry it calls `wait` with the
+        error, the number of the retry and the seconds to wait. Without `wait` it sleeps.
+        """
+        log = Log()
+        retries = progress = 0
+        while True:
+            try:
+                for event, line in self._post():
+                    if log.add(event, line):
+                        yield event, line
+                    if log.chunks > progress:  # more than in any run before
+                        retries, progress = 0, log.chunks
+                    if event["type"] == "error":
+                        code, retryable = str(event.get("code", "")), event.get("retryable") is True
+                        raise ChatError(event["message"], code, retryable)
+                    if event["type"] == "complete":
+                        return
+            except ChatError as error:
+                if not error.retryable or retries == RETRIES:
+                    raise
+                trouble = error
+            seconds = pause_before(retries, trouble.retry_after)
+            retries += 1
+            if wait:
+                wait(trouble, retries, seconds)
+            else:
+                time.sleep(seconds)
+
+    def _post(self) -> Iterator[tuple[Event, bytes]]:
+        """POST the turn once. Yields what comes, without end: a cut raises ChatError."""
+        connection = self.api.connect(SILENCE)
+        self._socket = connection.sock
+        self.sent = True
+        path, body = path_of(self.session_id, "/stream"), {"message": self.message, "turn_id": self.turn_id}
+        with self.api.exchange(connection, "POST", path, body) as response:
+            self.coding = response.headers.get("Transfer-Encoding", "none")
+            while True:
+                yield read_event(response)
+
+    def stop(self) -> bool:
+        """Stop the turn. Returns False if it was not running."""
+        return self.api.stop(self.session_id, self.turn_id)
+
+    def is_in_history(self) -> bool:
+        """Whether the server has the whole turn."""
+        messages = self.api.session(self.session_id)["messages"]
+        return any(message["turn_id"] == self.turn_id for message in messages)
+
+    def disconnect(self) -> None:
+        """End the connection from another thread: this wakes the one that reads."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class Log:
+    """What has come of a turn's log. It tells what is new when the log comes again from its first line."""
+
+    def __init__(self) -> None:
+        self.chunks = 0  # the numbers 1 to this have come
+        self._lines: set[bytes] = set()  # session_info, status, and what later versions may add
+
+    def add(self, event: Event, line: bytes) -> bool:
+        """Add an event. Returns whether it is new. Raises ChatError ("cut") if chunks are missing."""
+        kind = event["type"]
+        if kind == "session_info" and line not in self._lines:  # another run of the turn
+            self.chunks = 0
+            self._lines.clear()
+        if kind == "chunk" and event["chunk_number"] <= self.chunks:
+            return False
+        if kind == "chunk" and event["chunk_number"] > self.chunks + 1 or (
+                kind == "complete" and event.get("total_chunks", self.chunks) != self.chunks):
+            raise ChatError("A part of the answer is missing.", "cut", retryable=True)
+        if kind == "chunk":
+            self.chunks += 1
+        if kind in ("chunk", "ping", "complete", "error"):
+            return True
+        is_new = line not in self._lines
+        self._lines.add(line)
+        return is_new
+
+
+def pause_before(retries: int, retry_after: float) -> float:
+    """Seconds to wait after so many retries: at random, or all clients would come back at the same moment."""
+    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** retries) * random.uniform(0.5, 1)
+    return max(pause, min(retry_after, LONGEST_RETRY_AFTER))
+
+
+# ---- Ctrl-C: the server ends the turn, and the answer ends as it always does -------------------------------
+
+WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # from unchecked JSON
+
+
+class StopByCtrlC:
+    """While a turn runs, Ctrl-C asks the server to stop it. The server then sends the rest, and `complete`.
+
+    A second Ctrl-C raises KeyboardInterrupt, and so does the first one while nothing has been sent.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+        self.pressed = False
+        self._stopped = False  # the server has the end of the turn
+        self._asked = threading.Event()  # the server has confirmed the stop, or will not
+        self._pausing = self._over = False
+
+    def __enter__(self) -> StopByCtrlC:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is not signal.SIG_IGN:  # a shell ignores it for programs in the background
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> None:
+        if self.pressed or not self.turn.sent:
+            raise KeyboardInterrupt
+        self.pressed = True
+        threading.Thread(target=self._stop, daemon=True).start()
+
+    def _stop(self) -> None:
+        """Ask the server to stop the turn until it has: a stop that arrives before its POST has no effect."""
+        deadline = time.monotonic() + STOP_TIME
+        while not self._stopped and not self._over and time.monotonic() < deadline:
+            with suppress(ChatError, *WRONG_SHAPE):
+                self._stopped = self.turn.stop() or self._pausing and self.turn.is_in_history()
+            if self._pausing:
+                break
+            time.sleep(0.1)
+        self._asked.set()
+        time.sleep(STALL_TIME)
+        if not self._over:
+            self.turn.disconnect()
+
+    def pause(self, seconds: float) -> None:
+        """Pause before a retry. A turn that has ended on the server is sent again at once, to get the rest.
+
+        Raises KeyboardInterrupt if the retry could start a turn that the user has stopped.
+        """
+        self._pausing = True
+        self._asked.wait(seconds)
+        if self.pressed:
+            self._asked.wait()
+            if not self._stopped:
+                raise KeyboardInterrupt
+        self._pausing = False
+
+
+# ---- text: what a terminal can show ------------------------------------------------------------------------
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but newline and tab, DEL, C1
+CJK = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U00020000-\U0003fffd"
+PARTS = re.compile(rf"\n|[^\S\n]|[{CJK}]|[^\s{CJK}]+")  # newlines, spaces, CJK characters, words
 
 
-def escape(text: str) -> str:
-    """Text from outside, fit for a terminal: control characters as escapes, so that none of them acts."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+def escape(text: object) -> str:
+    """Text from outside with its control characters as escapes, so that none acts on the terminal."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
-def one_line(text: str) -> str:
+def one_line(text: object) -> str:
     """The same where newlines and tabs would do harm, too."""
     return escape(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def columns(text: str) -> int:
-    """About how many columns a terminal gives to a text: two for wide characters and emoji, none for marks."""
+    """How many columns a terminal gives to a text: two for wide characters and emoji, none for marks."""
     total = 0
     for char, following in zip(text, text[1:] + " ", strict=False):
         if unicodedata.category(char) not in ("Mn", "Me", "Cf"):
@@ -627,32 +478,91 @@ def columns(text: str) -> int:
     return total
 
 
+def terminal_width() -> int:
+    """Asked from the terminal itself: an exported COLUMNS may be wrong."""
+    with suppress(OSError):
+        return max(20, os.get_terminal_size(sys.stdout.fileno()).columns or 80)
+    return 80
+
+
+class Page:
+    """A text that grows on the screen, with line breaks between words, and between CJK characters."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.column = width, 0
+        self._word = ""  # the word at the end of the text, as long as it may grow
+
+    def add(self, text: str) -> str:
+        """What to write for the next part of the text."""
+        parts = PARTS.findall(self._word + escape(text))
+        is_open = parts and not parts[-1].isspace() and columns(parts[-1]) < self.width
+        self._word = parts.pop() if is_open else ""
+        return "".join(map(self._place, parts))
+
+    def end(self) -> str:
+        """What is left to write."""
+        word, self._word = self._word, ""
+        return self._place(word)
+
+    def _place(self, part: str) -> str:
+        if part == "\n":
+            self.column = 0
+            return part
+        size = 8 - self.column % 8 if part == "\t" else columns(part)
+        if self.column + size <= self.width:
+            self.column += size
+            return part
+        if part.isspace():
+            return ""
+        begin = "\n" if self.column else ""
+        self.column = size % (self.width + 1)  # the terminal breaks a word that is longer than a line
+        return begin + part
+
+
+def fill(text: str) -> str:
+    """The text in lines that fit the terminal. A curl command stays on one line, so that it can be copied."""
+    text, curl, command = text.partition("curl ")
+    page = Page(terminal_width() - 1)
+    filled = page.add(text) + page.end()
+    return f"{filled}\n{escape(curl + command)}" if curl else filled
+
+
 def fit(text: str, width: int) -> str:
-    """The text on one line, in exactly `width` columns: shortened with an ellipsis, or filled with spaces."""
-    text = one_line(text[: 2 * width + 1])
+    """The text in exactly so many columns: shortened, or filled with spaces."""
     if columns(text) > width:
-        while text and columns(text) > width - 3:
+        while columns(text) > width - 3:
             text = text[:-1]
-        text = (text + "...")[:width]
+        text += "..."
     return text + " " * (width - columns(text))
-
-
-def short(session_id: str) -> str:
-    """A session's id as the prompt and the boxes show it."""
-    return one_line(session_id if len(session_id) <= 11 else session_id[:8] + "...")
 
 
 def box(title: str, rows: dict[str, Any] | list[str]) -> str:
     """A box of lines with a title in its upper edge."""
+    width = min(62, terminal_width() - 2)
     lines = rows if isinstance(rows, list) else [f"{name}: {value}" for name, value in rows.items()]
-    head = f"┌─ {title} "
-    return "\n".join([head + "─" * (WIDTH + 1 - columns(head)) + "┐", *(f"│ {fit(line, WIDTH - 1)}│" for line in lines),
-                      "└" + "─" * WIDTH + "┘"])
+    head = f"─ {title} "
+    drawn = [f"┌{head}{'─' * (width - columns(head))}┐"]
+    for line in lines:
+        page = Page(width - 2)
+        for part in (page.add(one_line(line[:1000])) + page.end()).split("\n"):
+            drawn.append(f"│ {fit(part, width - 1)}│")
+    return "\n".join([*drawn, f"└{'─' * width}┘"])
+
+
+def rule() -> str:
+    """The line above and below an answer."""
+    return "─" * min(60, terminal_width() - 1)
+
+
+def short(session_id: object) -> str:
+    """A session's id as the prompt and the boxes show it."""
+    text = one_line(session_id)
+    return text if len(text) <= 11 else text[:8] + "..."
 
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, as 1:23:45."""
-    whole = int(min(max(0, seconds), 1e9))
+    whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
@@ -663,15 +573,10 @@ def time_of_day(timestamp: str) -> str:
     return "?"
 
 
-def average(total: float, count: int, form: str) -> str:
-    """A mean, or a dash before there is anything to average."""
-    return format(total / count, form) if count else "-"
-
-
-def as_sentence(trouble: Any) -> str:
-    """What went wrong, as sentences on one line; at most 1,000 characters."""
-    text = escape(" ".join(str(trouble)[:1000].split())) or "something went wrong"
-    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
+def paint(colour: str, text: str) -> str:
+    """The text in a colour (ECMA-48, section 8.3.117), where standard output is a terminal that shows it."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
 
 
 def write(text: str) -> None:
@@ -680,714 +585,689 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def say(text: str, colour: str = "0") -> None:
+    """Lines for a person, in standard output."""
+    write(paint(colour, fill(text)) + "\n")
+
+
 def complain(text: str) -> None:
-    """A line on standard error."""
+    """A line in standard error."""
     try:
-        print(escape(text), file=sys.stderr, flush=True)
+        print(one_line(text), file=sys.stderr, flush=True)
     except OSError:  # nobody reads it
         abandon(sys.stderr)
 
 
 def abandon(stream: Any) -> None:
-    """What was not written and what comes goes nowhere: else the interpreter's last flush would fail, too."""
+    """Send what is left to nowhere: otherwise the interpreter's last flush would fail, too."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def paint(colour: str, text: str) -> str:
-    """The text in a colour (ECMA-48, section 8.3.117), where standard output is a terminal that shows it."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
+# ---- keyboard: the user's lines, and what is typed while there is no prompt --------------------------------
+
+HISTORY = "~/.streamchat_history"
+HISTORY_LENGTH = 1000  # lines
+PASTE = re.compile(rb"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", re.DOTALL)  # as terminals mark it
+KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)  # an arrow, say
+NOT_FATAL = {"SIGCHLD", "SIGCONT", "SIGINFO", "SIGIO", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU",
+             "SIGURG", "SIGWINCH", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}  # or out of a program's hands
 
 
-@contextmanager
-def no_echo() -> Iterator[None]:
-    """What is typed into an answer does not show in it, but at the next prompt."""
-    try:
-        import termios
-    except ImportError:  # Windows, where nothing is shown before it is read
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    during = [*before]
-    during[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, during)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+class Keyboard:
+    """Lines with editing, history and completion, where Python has readline.
+
+    Between two prompts the terminal does not show what is typed, and does not split it into lines, of which
+    it would cut each after 4,095 bytes. Nothing that is typed then is sent or run by itself: it is put at the
+    next prompt, as one text. Without readline (on Windows) there is only input().
+    """
+
+    def __init__(self) -> None:
+        self._prompt = ""  # which is on the screen
+        self._typed = bytearray()  # since the last prompt
+        self._history = os.path.expanduser(HISTORY)  # which does not raise if there is no home
+        self._readline: Any = None
+        with suppress(ImportError):  # imported only here, since for some terminals it prints at once
+            import readline
+            import termios
+
+            self._readline, self._termios = readline, termios
+            self._set_up_readline()
+            self._set_up_terminal()
+
+    def _set_up_readline(self) -> None:
+        readline = self._readline
+        readline.set_auto_history(False)
+        readline.set_completer(self._complete)
+        readline.set_completer_delims(" ")
+        is_gnu = "libedit" not in readline.__doc__
+        readline.parse_and_bind("tab: complete" if is_gnu else "bind ^I rl_complete")
+        self._marks_pastes = is_gnu and os.environ.get("TERM") != "dumb"
+        if self._marks_pastes:
+            readline.parse_and_bind("set enable-bracketed-paste on")
+        with suppress(OSError):  # a home that cannot be read or written
+            os.close(os.open(self._history, os.O_CREAT, 0o600))
+            os.chmod(self._history, 0o600)
+            readline.read_history_file(self._history)
+        readline.set_history_length(HISTORY_LENGTH)
+
+    def _set_up_terminal(self) -> None:
+        """Whatever ends the program leaves the terminal as it was found."""
+        self._found = self._termios.tcgetattr(sys.stdin)
+        for number in signal.valid_signals():
+            if signal.getsignal(number) is signal.SIG_DFL and getattr(number, "name", "") not in NOT_FATAL:
+                signal.signal(number, self._end)
+        if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, self._suspend)
+        self._hold(echo=False)
+
+    def _hold(self, echo: bool) -> None:
+        """Let the terminal pass on each byte. Echo must be on when readline begins, or readline shows nothing."""
+        modes = [*self._found]
+        modes[3] &= ~(self._termios.ICANON if echo else self._termios.ICANON | self._termios.ECHO)
+        self._set(modes, marks_pastes=True)
+
+    def _set(self, modes: Any, marks_pastes: bool) -> None:
+        with suppress(OSError, self._termios.error):  # the terminal was closed
+            self._termios.tcsetattr(sys.stdin, self._termios.TCSADRAIN, modes)
+            if self._marks_pastes:
+                write("\x1b[?2004h" if marks_pastes else "\x1b[?2004l")
+
+    def release(self) -> None:
+        """Leave the terminal as it was found."""
+        if self._readline:
+            self._set(self._found, marks_pastes=False)
+
+    def _end(self, number: int, _: object) -> None:
+        self.release()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def _suspend(self, *_: object) -> None:
+        """Ctrl-Z: the shell gets its terminal as it was. After `fg`, the program goes on."""
+        modes = self._termios.tcgetattr(sys.stdin)
+        self.release()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, self._suspend)
+        self._set(modes, marks_pastes=True)
+        if self._prompt:
+            write(self._prompt + self._readline.get_line_buffer())
+
+    def collect(self, wait: float = 0) -> bool:
+        """Take what was typed out of the terminal's small buffer, behind which a Ctrl-C would wait."""
+        before = len(self._typed)
+        while self._readline and select.select([sys.stdin], [], [], wait)[0]:
+            data = os.read(sys.stdin.fileno(), 65_536)
+            if not data:
+                break
+            self._typed += data
+        return len(self._typed) > before
+
+    def collect_all(self) -> None:
+        """The same, up to the end of a paste that is on its way."""
+        wait = 0.0
+        while self.collect(wait):
+            is_open = self._typed.rfind(b"\x1b[200~") > self._typed.rfind(b"\x1b[201~")
+            wait = 1 if is_open else 0.05
+
+    def read(self, prompt: str) -> str:
+        """A line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
+        prompt = paint("1;36", prompt)
+        if not self._readline:
+            return input(prompt)
+        held = in_any_locale(held_text(bytes(self._typed)))
+        self._typed.clear()
+        self._readline.set_startup_hook(lambda: self._readline.insert_text(held))
+        self._prompt = prompt
+        self._hold(echo=True)
+        try:
+            return input(re.sub(r"\x1b\[[0-9;]*m", "\x01\\g<0>\x02", prompt))  # readline: these have no width
+        finally:
+            self._prompt = ""
+            self._hold(echo=False)
+
+    def read_message(self, prompt: str) -> str:
+        """A line, or several between three quotes at the start of a line and at the end of one."""
+        text = self.read(prompt)
+        if text.startswith('"""'):
+            text = text[3:]
+            with suppress(EOFError):  # Ctrl-D ends it, too
+                while not text.rstrip().endswith('"""'):
+                    text += "\n" + self.read("... ")
+            text = text.rstrip().removesuffix('"""').strip("\n")
+            text = "/" + text if text.startswith("/") else text  # two slashes begin a message
+        if self._readline and text.strip():
+            self._remember(in_any_locale(text))
+        return text
+
+    def _remember(self, text: str) -> None:
+        self._readline.add_history(text)
+        with suppress(OSError, AttributeError):  # a full disk, or libedit
+            self._readline.append_history_file(1, self._history)
+
+    def is_empty(self) -> bool:
+        """Whether there was nothing in the line that Ctrl-C has ended."""
+        return not self._readline or not self._readline.get_line_buffer()
+
+    def _complete(self, text: str, state: int) -> str | None:
+        names = [name for name in COMMANDS if name.startswith(text) and self._readline.get_begidx() == 0]
+        return [*names, None][state]
 
 
-# ---- answer: what is seen of a turn while it runs, on a pipe and on a terminal. The only room that prints answers. ---
+def held_text(typed: bytes) -> str:
+    """What was typed without a prompt, as one text: pastes as they are; of other keys those that are text.
+
+    Backspace removes the character before it. A last Enter is left out.
+    """
+    text = ""
+    for number, part in enumerate(PASTE.split(typed)):
+        keys = part.decode(errors="replace").replace("\r", "\n").replace("\0", "")
+        is_paste = number % 2 == 1
+        for key in keys if is_paste else KEY.sub("", keys):
+            if is_paste or not CONTROL.match(key):
+                text += key
+            elif key in "\b\x7f":
+                text = text[:-1]
+    return text if typed.endswith(b"\x1b[201~") else text.removesuffix("\n")
+
+
+def in_any_locale(text: str) -> str:
+    """The text as readline takes it in any locale: its bytes in UTF-8 (PEP 383)."""
+    return text.encode(errors="replace").decode("ascii", "surrogateescape")
+
+
+# ---- answer: what has come of a turn, and how it is shown --------------------------------------------------
 
 
 class Session:
-    """The session that this client is in, as far as it knows."""
+    """The session that this client is in, as far as the client knows."""
 
     def __init__(self, session_id: str = "", messages: int = 0, known: bool = False) -> None:
         self.session_id, self.messages = session_id or new_id(), messages
         self.known = known  # whether the server has it
 
 
-class Turn(NamedTuple):
-    """What a POST says: sent again with the same names, it is the same turn."""
-
-    session: Session
-    message: str
-    turn_id: str
-
-
 class Answer:
-    """An answer while it comes. Its bare text goes to standard output, everything else to standard error."""
+    """What has come of a turn. `show` is the function that prints its events: show_json, _text or _screen."""
 
-    def __init__(self, turn: Turn) -> None:
-        self.turn, self.context = turn, turn.session.messages
-        self.model, self.coding = "?", "none"
-        self.chunks = self.received = self.retries = 0  # of this run; of all runs; POSTs announced after the first
-        self.created = 0  # how often the server made the session
-        self.started, self.first_chunk, self.ended = time.monotonic(), 0.0, 0.0
-        self.cut = ""  # why it was sent again
+    def __init__(self, turn: Turn, session: Session, show: Callable[[Answer, Event, bytes], None]) -> None:
+        self.turn, self.session, self.show = turn, session, show
+        self.model: Any = "?"
+        self.chunks = self.received = 0  # of this run; of all runs
+        self.retries = self.created = 0  # how often it was sent again; how often that made the session
         self.recovering = False  # between a cut and the next event
+        self.finish_reason = ""  # of the `complete` event
+        self.error: ChatError | None = None
         self.interrupted = False  # by Ctrl-C
-        self.complete: Event | None = None
-        self.trouble: ChatError | None = None  # why it failed
-        self.last = ""  # character of the text that was shown
+        self.started = self.ended = time.monotonic()
+        self.page = Page(terminal_width() - 1)
+        self.last = ""  # the last character of the text on the current line
+        self.opened = False  # whether the head of the answer is on the screen
 
-    @property
     def status(self) -> str:
         """SUCCESS, STOPPED or FAILED."""
-        if self.complete:
-            return "STOPPED" if self.complete.get("finish_reason") == "cancelled" else "SUCCESS"
-        return "FAILED" if self.trouble else "STOPPED"
+        if self.error:
+            return "FAILED"
+        return "STOPPED" if self.finish_reason in ("", "cancelled") else "SUCCESS"
 
-    def take(self, event: Event) -> None:
-        """Show an event."""
+    def take(self, event: Event, line: bytes) -> None:
+        """Note what an event says, and show it."""
         kind = event["type"]
-        self.coding = event.coding if event.line else self.coding
-        self.recovering = kind == "retry"
         if kind == "session_info":
-            self._open(event)
+            self.session.known = True
+            self.model, self.chunks = event.get("model"), 0
+            self.created += event.get("created") is True
         elif kind == "status":
-            self._look_back(event.get("context_messages", 0))
+            self._compare(event.get("context_messages"))
         elif kind == "chunk":
-            self.chunks, self.received = self.chunks + 1, self.received + 1
-            self.first_chunk = self.first_chunk or time.monotonic()
-            self.text(event["text"])
+            self.chunks += 1
+            self.received += 1
         elif kind == "complete":
-            self.complete = event
-        elif kind == "retry":
-            self.retries, self.cut = self.retries + 1, as_sentence(event["reason"])
-            self.retry(f"🔄 {self.cut} Trying again in {event['seconds']:.1f} s ({event['number']} of {RETRIES}).")
-        elif kind == "resumed":
-            self.wait(f"🔄 {self.cut} Connected again: the answer goes on.")
+            self.finish_reason = str(event.get("finish_reason", "stop"))
+            self._compare(event.get("message_count"))
+        self.show(self, event, line)
+        self.recovering = False
 
-    def finish(self, trouble: ChatError | None) -> None:
-        """Nothing more comes."""
-        self.ended, self.trouble = time.monotonic(), trouble
-        session = self.turn.session
-        if self.complete:
-            session.messages = self.complete.get("message_count", session.messages)
-        if isinstance(trouble, SessionDeleted):  # who sends it again after this wants the session anew
-            session.messages, session.known = 0, False
-        self.show_end()
+    def _compare(self, messages: Any) -> None:
+        """Compare the server's number of messages with the expected one."""
+        if not isinstance(messages, int):
+            return
+        expected, self.session.messages = self.session.messages, messages
+        if messages < expected:
+            note(self, f"⚠ The earlier messages are gone: the server has {messages} of {expected}.")
 
-    def _open(self, event: Event) -> None:
-        self.model = event.get("model", self.model)
-        if event.get("created") and (self.retries or not self.turn.session.known):  # else by who began a followed turn
-            self.created += 1
-        self.turn.session.known = True
-        if self.chunks:
-            self.chunks, self.first_chunk = 0, 0.0
-            self.anew("🔄 The answer broke off. The turn was run anew, or its log is gone: here it is from the start.")
-        else:
-            self.settle()
 
-    def _look_back(self, context: int) -> None:
-        if context < self.context:
-            self.note(f"⚠ The context is gone: the server has {context} of {self.context} earlier messages.")
-        self.context = context
-        if not self.received:
-            self.wait(f"💭 Generating response... (Context: {context} messages)")
+def show_json(answer: Answer, event: Event, line: bytes) -> None:
+    """The lines of the stream as they came."""
+    if sys.stdout.isatty():
+        write(escape(line.decode(errors="replace")))
+    else:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
 
-    def text(self, text: str) -> None:
-        """A part of the answer."""
-        self.last = text[-1:] or self.last
-        write(escape(text) if sys.stdout.isatty() else text)
 
-    def anew(self, sentence: str) -> None:
-        """What was shown of the answer does not count."""
+def show_text(answer: Answer, event: Event, line: bytes) -> None:
+    """The bare text as it came; at a terminal with escapes for control characters."""
+    if event["type"] == "session_info" and answer.received:
+        note(answer, "🔄 The turn was run again. This is its answer from the start.")
         write("\n")
-        self.note(sentence)
+    elif event["type"] == "chunk":
+        answer.last = event["text"][-1:] or answer.last
+        write(escape(event["text"]) if sys.stdout.isatty() else event["text"])
 
-    def note(self, sentence: str) -> None:
-        """Something that the user should know."""
+
+def show_screen(answer: Answer, event: Event, line: bytes) -> None:
+    """The text between two rules, with a head above it."""
+    if answer.recovering:
+        is_new_run = event["type"] == "session_info" and answer.received
+        write(" The turn was run again:\n" if is_new_run else "\n")
+        answer.recovering = False
+    if event["type"] == "session_info":
+        answer.opened = False
+    elif event["type"] == "status":
+        say(f"💭 Generating response... (Context: {answer.session.messages} messages)", "2")
+    elif event["type"] == "chunk" and event["text"]:
+        if not answer.opened:
+            answer.opened = True
+            place = f"{short(answer.turn.session_id)} - {one_line(answer.model)}"
+            say(f"\n🤖 AI Response (HTTP Streaming) ({place})\n{rule()}", "36")
+        answer.last = event["text"][-1]
+        write(answer.page.add(event["text"]))
+
+
+def note(answer: Answer, sentence: str) -> None:
+    """A sentence beside the answer: on a line of its own, or in standard error."""
+    if answer.show is show_screen:
+        end_line(answer)
+        say(sentence, "31" if answer.error else "33")
+    else:
         complain(sentence)
 
-    def retry(self, sentence: str) -> None:
-        """It will be sent again."""
-        self.note(sentence)
 
-    def wait(self, sentence: str) -> None:
-        """Nothing to see yet."""
-
-    def tick(self) -> None:
-        """A tenth of a second has gone by."""
-
-    def settle(self) -> None:
-        """What is on the screen stays."""
-
-    def quiet_keyboard(self) -> AbstractContextManager[None]:
-        """Keeps what is typed out of the answer while it comes."""
-        return nullcontext()
-
-    def show_end(self) -> None:
-        """Show how it ended."""
-        if self.last != "\n" and (self.last or self.complete):
-            write("\n")
-        if self.trouble:
-            complain(f"❌ {as_sentence(self.trouble)}")
-        elif self.status == "STOPPED":
-            complain("The answer was stopped." if self.complete else "The server did not confirm the stop.")
-        elif self.complete and self.complete.get("finish_reason", "stop") != "stop":
-            complain(f"The model ended the answer early ({self.complete['finish_reason']}).")
+def end_line(answer: Answer) -> None:
+    """What follows on the screen begins on a new line."""
+    write(answer.page.end())
+    if answer.last not in ("", "\n") or answer.recovering:
+        write("\n")
+    answer.last, answer.recovering = "", False
+    answer.page = Page(answer.page.width)
 
 
-class Lines(Answer):
-    """The lines of the stream, as they came."""
-
-    def take(self, event: Event) -> None:
-        """Print its line; the rest as in a script."""
-        if event.line and sys.stdout.isatty():
-            write(escape(event.line.decode("utf-8", "replace")))
-        elif event.line:
-            sys.stdout.buffer.write(event.line)
-            sys.stdout.buffer.flush()
-        super().take(event)
-
-    def text(self, text: str) -> None:
-        """It is in the line."""
-
-    def anew(self, sentence: str) -> None:
-        """The new session_info line says so, too."""
-        self.note(sentence)
-
-    def show_end(self) -> None:
-        """Say what is in no line."""
-        if self.trouble:
-            complain(f"❌ {as_sentence(self.trouble)}")
+def show_cut(answer: Answer, error: ChatError, retry: int, seconds: float) -> None:
+    """Tell of every cut in a script, and of each recovery on the screen: the next event ends its line."""
+    if answer.show is not show_screen:
+        complain(f"🔄 {explain(error)} Retrying in {seconds:.1f} s ({retry} of {RETRIES}).")
+    elif not answer.recovering:
+        end_line(answer)
+        write(paint("33", fill(f"🔄 {explain(error)} Retrying…")))
 
 
-SENDING = "💭 Sending..."
+def show_end(answer: Answer) -> None:
+    """Show how it ended."""
+    if answer.show is show_screen:
+        show_box(answer)
+    elif answer.show is show_text and answer.last != "\n" and (answer.last or answer.finish_reason):
+        write("\n")
+    if answer.error:
+        note(answer, f"❌ {explain(answer.error)}")
+    elif not answer.turn.sent:
+        note(answer, "⚠ Your message was not sent.")
+    elif not answer.finish_reason:
+        note(answer, "⚠ The server has not confirmed the stop. It is asked again before your next message.")
+    elif answer.finish_reason == "cancelled" and not answer.interrupted:
+        note(answer, "⚠ The answer was stopped.")
+    elif answer.finish_reason not in ("stop", "cancelled"):
+        note(answer, f"⚠ The model ended the answer early ({answer.finish_reason}).")
+    if answer.show is show_screen and may_be_retried(answer):
+        say("   /retry sends your message again.")
 
 
-class Screen(Answer):
-    """An answer for a person at a terminal, with a live line while there is nothing else to see."""
-
-    def __init__(self, turn: Turn) -> None:
-        super().__init__(turn)
-        self.live, self.frame = SENDING, 0  # the live line, and the frame of its sign
-        self.drawn = 0  # its columns, as it stands on the screen
-        self.opened = False  # whether the head of the answer is there
-        self.tick()
-
-    def text(self, text: str) -> None:
-        """A part of the answer, with the head before the first."""
-        if self.live:
-            self.settle()
-        if text and not self.opened:
-            self.opened = True
-            head = f"🤖 AI Response (HTTP Streaming) ({short(self.turn.session.session_id)} - {self.model})"
-            write("\n" + paint("36", one_line(head) + "\n" + RULE) + "\n")
-        super().text(text)
-
-    def anew(self, sentence: str) -> None:
-        """What was shown of the answer does not count: a new head. The sentence tells of the tries, too."""
-        self.live = ""
-        self.note(sentence)
-        self.opened = False
-
-    def note(self, sentence: str) -> None:
-        """A line of its own."""
-        self.settle()
-        self._end_line()
-        write(paint("33", sentence) + "\n")
-
-    def retry(self, sentence: str) -> None:
-        """On the live line: many tries take one line."""
-        self.wait(sentence)
-
-    def wait(self, sentence: str) -> None:
-        """Put it on the live line."""
-        self._end_line()
-        self.live = sentence
-        self.tick()
-
-    def tick(self) -> None:
-        """Draw the live line, with the next frame of its sign."""
-        if self.live:
-            self._erase()
-            self.frame += 1
-            sign, room = FRAMES[self.frame % len(FRAMES)], shutil.get_terminal_size().columns - 1
-            line = fit(f"{sign} {self.live}", room).rstrip()
-            self.drawn = columns(line)
-            write(line)
-
-    def settle(self) -> None:
-        """Let the live line stay as it is, without its sign."""
-        self._erase()
-        if self.live and self.live != SENDING:
-            write(paint("2", escape(self.live)) + "\n")
-        self.live = ""
-
-    def quiet_keyboard(self) -> AbstractContextManager[None]:
-        """Keeps what is typed out of the answer while it comes."""
-        return no_echo()
-
-    def show_end(self) -> None:
-        """The rule, and a box with the numbers."""
-        self.settle()
-        self._end_line()
-        write((paint("36", RULE) + "\n" if self.opened else "") + "\n")
-        status, now = self.status, datetime.now().strftime("%H:%M:%S.%f")[:-3]
-        title = "COMPLETED" if status == "SUCCESS" else status
-        rows: dict[str, Any] = {
-            "Total Chunks": self.chunks,
-            "Total Time": f"{self.ended - self.started:.3f}s",
-            "First Chunk": f"{self.first_chunk - self.started:.3f}s" if self.first_chunk else "-",
-            "Context Messages": self.turn.session.messages,
-            "Transfer-Encoding": self.coding,
-            "Status": status,
-        }
-        if self.complete and self.complete.get("finish_reason", "stop") not in ("stop", "cancelled"):
-            rows["Finish Reason"] = self.complete["finish_reason"]
-        if self.retries:
-            rows["Retries"] = self.retries
-        write(paint({"SUCCESS": "32", "STOPPED": "33"}.get(status, "31"),
-                    box(f"📡 HTTP STREAM {title} [{now}]", rows)) + "\n")
-        if self.trouble:
-            write(paint("31", f"❌ {as_sentence(self.trouble)}") + "\n   /retry sends your message again.\n")
-        elif not self.complete:
-            write("   The server did not confirm the stop. /retry sends your message again.\n")
-
-    def _erase(self) -> None:
-        if self.drawn:
-            write("\r" + " " * self.drawn + "\r")
-        self.drawn = 0
-
-    def _end_line(self) -> None:
-        if self.last not in ("", "\n"):
-            write("\n")
-        self.last = ""
+def show_box(answer: Answer) -> None:
+    """The rule below the text, and a box with the numbers."""
+    end_line(answer)
+    if answer.opened:
+        say(rule(), "36")
+    status, now = answer.status(), datetime.now().strftime("%H:%M:%S.%f")[:-3]
+    rows: dict[str, Any] = {
+        "Total Chunks": answer.chunks,
+        "Total Time": f"{answer.ended - answer.started:.3f}s",
+        "Context Messages": answer.session.messages,
+        "Transfer-Encoding": answer.turn.coding,
+        "Status": status,
+    }
+    if answer.retries:
+        rows["Retries"] = answer.retries
+    title = "COMPLETED" if status == "SUCCESS" else status
+    colour = {"SUCCESS": "32", "STOPPED": "33", "FAILED": "31"}[status]
+    if answer.turn.sent or answer.error:
+        write("\n" + paint(colour, box(f"📡 HTTP STREAM {title} [{now}]", rows)) + "\n")
 
 
-# ---- client: sends turns, counts them, hears Ctrl-C. It knows no commands. -------------------------------------------
+def may_be_retried(answer: Answer) -> bool:
+    """Whether the same message may get an answer when it is sent again."""
+    if answer.error:
+        codes = ("session_busy", "session_cleared", "session_deleted")
+        return answer.error.retryable or answer.error.code in codes
+    return not answer.finish_reason
 
 
-class Statistics:
-    """What this client did since it was started. A recovered stream is one that was cut and came whole all the same."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.sent = 0
-        self.successful = 0  # stopped ones, too, if the server said so
-        self.recovered = 0  # of the successful ones
-        self.failed = 0
-        self.chunks = 0  # of all streams
-        self.whole = 0  # chunks of the successful ones
-        self.seconds = 0.0  # of the successful ones
-        self.created = 0  # sessions
-
-    def count(self, answer: Answer) -> None:
-        """Add an answer that has ended."""
-        self.chunks += answer.received
-        self.created += answer.created
-        if answer.complete:
-            self.successful += 1
-            self.recovered += answer.retries > 0
-            self.whole += answer.chunks
-            self.seconds += answer.ended - answer.started
-        else:
-            self.failed += 1
+def explain(error: ChatError) -> str:
+    """An error for a person who may not know HTTP, in at most 1,000 characters."""
+    if error.code == "unauthorized":
+        return "The server needs its token: give it by --token T or in STREAMCHAT_TOKEN."
+    if error.code == "session_not_found":
+        return "There is no such session. /sessions lists them."
+    return str(error)[:1000]
 
 
-class GivenUp(Exception):
-    """Ends a chat that nobody waits for any more."""
-
-
-class Background:
-    """A chat that runs in a thread of its own, so that this one can draw, and hear Ctrl-C, while nothing comes."""
-
-    def __init__(self, chat: Callable[[Callable[[float], None]], Iterator[Event]]) -> None:
-        self.items: Queue[Event | Exception | None] = Queue(100)  # bounded: a terminal may be slower than a server
-        self.hurry = threading.Event()  # ends all pauses
-        self.given_up = False
-        self.events = chat(self._pause)
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _pause(self, seconds: float) -> None:
-        self.hurry.wait(seconds)
-        if self.given_up:
-            raise GivenUp
-
-    def _run(self) -> None:
-        end = None
-        try:
-            for event in self.events:
-                if self.given_up:
-                    return
-                self.items.put(event)
-        except Exception as error:
-            end = error
-        self.items.put(end)
-
-    def give_up(self) -> None:
-        """Let the thread end as soon as it can: it may be waiting for a byte, a pause, or room in the queue."""
-        self.given_up = True
-        self.hurry.set()
-        with suppress(Empty):
-            while True:
-                self.items.get_nowait()
-
-
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """The first Ctrl-C that comes meanwhile, in a list: an exception could lose the event that is just taken.
-
-    Those after it raise KeyboardInterrupt, since a write to what nobody reads ends by nothing else.
-    """
-    pressed: list[int] = []
-
-    def press(number: int, frame: Any) -> None:
-        pressed.append(number)
-        if len(pressed) > 1:
-            raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # as for a program in the background
-        signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class Stop:
-    """Asks the server to stop a turn, in a thread of its own, until it has done so, or for STOP_TIME."""
-
-    def __init__(self, api: Api, turn: Turn, chat: Background) -> None:
-        self.api, self.turn, self.chat = api, turn, chat
-        self.deadline = time.monotonic() + STOP_TIME
-        self.confirmed = False
-        self.in_vain = 0  # how often the server could not be asked, or had no such turn running
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        while not self.is_late() and not self.chat.given_up:  # /retry may begin the same turn
-            if stop(self.api, self.turn):
-                self.confirmed = True
-                return
-            self.in_vain += 1
-            time.sleep(0.2)  # the POST may be under way
-
-    def is_late(self) -> bool:
-        """Whether it is time to give up."""
-        return time.monotonic() > self.deadline
-
-
-def stop(api: Api, turn: Turn) -> bool:
-    """Ask the server once to stop a turn; whether it did."""
-    with suppress(ChatError):
-        return api.stop(turn.session.session_id, turn.turn_id)
-    return False
+# ---- client: the session, and what was done in it ----------------------------------------------------------
 
 
 class Client:
-    """One user's chat with one server."""
+    """One user's chat with one server, and its statistics since it was started."""
 
-    def __init__(self, api: Api, session: Session, answers: type[Answer]) -> None:
-        self.api, self.session, self.answers = api, session, answers
-        self.statistics = Statistics()
+    def __init__(self, api: Api, session: Session, show: Callable[[Answer, Event, bytes], None],
+                 keyboard: Keyboard | None = None) -> None:
+        self.api, self.session, self.show, self.keyboard = api, session, show, keyboard
         self.unanswered: Turn | None = None  # the last turn, if there is no whole answer to it
+        self.unstopped: Turn | None = None  # a turn that was given up, and may run on
         self.listed: list[str] = []  # session ids, in the order in which the user saw them last
+        self.started = time.monotonic()
+        self.sent = self.created = 0  # messages; sessions
+        self.successful: list[Answer] = []  # stopped ones, too, if the server said so
+        self.failed = self.chunks = 0
 
-    def send(self, turn: Turn) -> Answer:
-        """Send a turn (again), show its answer, and return that when it has ended, however it ended."""
-        before, self.unanswered = self.unanswered, turn
-        with interrupts() as pressed:
-            answer = self.answers(turn)
-            chat = Background(lambda pause: self._chat(turn, before, pause))
-            trouble = None
-            try:
-                with answer.quiet_keyboard():
-                    trouble = self._follow(chat, answer, pressed)
-            except OSError:  # nobody reads the answer
-                stop(self.api, turn)
-                raise
-            except KeyboardInterrupt:  # the second one
-                if not isinstance(answer, Screen):
-                    raise
-            finally:
-                chat.give_up()
-            answer.finish(trouble)
-            self.statistics.count(answer)
-        if answer.complete:
-            self.unanswered = None
-        if isinstance(trouble, SessionDeleted):  # only /retry makes it anew, since the user asks for that
-            self.session = Session()
+    def send(self, message: str) -> Answer:
+        """Send a message in the current session."""
+        self.sent += 1
+        return self.send_turn(Turn(self.api, message, self.session.session_id))
+
+    def send_turn(self, turn: Turn) -> Answer:
+        """Send a turn of this client's, perhaps again."""
+        answer = self.run(turn)
+        self.created += answer.created
         return answer
 
-    def _chat(self, turn: Turn, before: Turn | None, pause: Callable[[float], None]) -> Iterator[Event]:
-        if before and before.turn_id != turn.turn_id:
-            stop(self.api, before)  # it may run on, if it could not be reached when it was given up
-        yield from self.api.chat(turn.message, turn.session.session_id, turn.turn_id, turn.session.known, pause)
-
-    def _follow(self, chat: Background, answer: Answer, pressed: list[int]) -> ChatError | None:
-        """Show what comes, until the answer ends; after Ctrl-C until it is stopped. Returns why it failed."""
-        stopping = None
-        while True:
-            if pressed and not stopping:
-                answer.interrupted, stopping = True, Stop(self.api, answer.turn, chat)
-            if stopping and stopping.confirmed:
-                chat.hurry.set()  # to what was sent before the stop, if the answer was cut
-            elif stopping and stopping.in_vain and answer.recovering:
-                return None
-            if stopping and stopping.is_late():
-                return None
+    def run(self, turn: Turn) -> Answer:
+        """Send a turn, and show its answer up to its end, however it ends."""
+        self.unanswered = turn
+        answer = Answer(turn, self.session, self.show)
+        with StopByCtrlC(turn) as ctrl_c:
             try:
-                item = chat.items.get(timeout=0.1)
-            except Empty:
-                answer.tick()
-                continue
-            if item is None or isinstance(item, ChatError):
-                return item
-            if isinstance(item, Exception):
-                raise item
-            answer.take(item)
+                self._stop_other(turn)
+                self._follow(answer, ctrl_c)
+            except ChatError as error:
+                answer.error = error
+            except KeyboardInterrupt:
+                if self.show is not show_screen:
+                    raise
+            except OSError:  # nobody reads the answer
+                with suppress(ChatError):
+                    turn.stop()
+                raise
+            answer.interrupted = ctrl_c.pressed
+            answer.ended = time.monotonic()
+            self._conclude(answer)
+            show_end(answer)
+        return answer
+
+    def _stop_other(self, turn: Turn) -> None:
+        """Stop the turn that was given up: it may run on. The same turn is not stopped, but sent again."""
+        if self.unstopped and self.unstopped.turn_id != turn.turn_id:
+            with suppress(ChatError):
+                self.unstopped.stop()
+        self.unstopped = None
+
+    def _follow(self, answer: Answer, ctrl_c: StopByCtrlC) -> None:
+        def wait(error: ChatError, retry: int, seconds: float) -> None:
+            show_cut(answer, error, retry, seconds)
+            answer.recovering = True
+            answer.retries += 1
+            ctrl_c.pause(seconds)
+
+        for event, line in answer.turn.run(wait):
+            answer.take(event, line)
+            if self.keyboard:
+                self.keyboard.collect()
+
+    def _conclude(self, answer: Answer) -> None:
+        """Note what the end of a turn means for the client."""
+        self.chunks += answer.received
+        if answer.finish_reason:
+            self.successful.append(answer)
+            self.unanswered = None
+            return
+        self.failed += 1
+        code = answer.error.code if answer.error else ""
+        if code == "session_deleted":
+            self.session = Session()
+        elif code == "session_cleared":
+            self.session.messages = 0
+        elif not answer.error and answer.turn.sent:
+            self.unstopped = answer.turn
 
 
-# ---- commands: name -> function. Their docstrings are what /help prints. ---------------------------------------------
+# ---- commands: each method is one, and its docstring is what /help prints ----------------------------------
 
 
 class Quit(Exception):
     """The user leaves."""
 
 
-def show_help(client: Client) -> None:
-    """Show all commands"""
-    rows = {f"{name} {ARGUMENTS.get(name, '')}": function.__doc__ for name, function in COMMANDS.items()}
-    rows |= {"//text": "Send a message that begins with a slash", '"""': "Begin, and end, a message of many lines",
-             "Ctrl-C": "Stop the answer", "Ctrl-D": "Exit client"}
-    print("\n" + box("📡 COMMANDS", [f"{name:13} {what}" for name, what in rows.items()]))
+class Commands:
+    def __init__(self, client: Client) -> None:
+        self._client, self._api = client, client.api
+
+    def help(self) -> None:
+        """Show all commands"""
+        rows = [f"{name:13} {getattr(Commands, name[1:]).__doc__}" for name in COMMANDS]
+        print("\n" + box("📡 COMMANDS", [
+            *[row.replace("/switch     ", "/switch N|ID", 1) for row in rows],
+            "//text        Send a message that begins with a slash",
+            '"""           Begin, and end, a message of many lines',
+            "Ctrl-C        Stop the answer; twice at the prompt: leave",
+            f"Arrow up      Earlier lines (in {HISTORY})",
+        ]))
+
+    def stats(self) -> None:
+        """Show client streaming statistics"""
+        client, session, whole = self._client, self._client.session, self._client.successful
+        print("\n" + box("📊 CLIENT SESSION STATISTICS", {
+            "Client Session Duration": duration(time.monotonic() - client.started),
+            "Messages Sent": client.sent,
+            "Successful Streams": len(whole),
+            "Recovered Streams": sum(answer.retries > 0 for answer in whole),
+            "Failed Streams": client.failed,
+            "Total Chunks Received": client.chunks,
+            "Avg Chunks per Stream": mean([answer.chunks for answer in whole], ".1f"),
+            "Sessions Created": client.created,
+            "Avg Response Time": mean([answer.ended - answer.started for answer in whole], ".3f", "s"),
+            "Current Session": short(session.session_id) if session.known else "-",
+            "Session Messages": session.messages,
+        }))
+
+    def server(self) -> None:
+        """Display server and streaming statistics"""
+        stats = self._api.stats()
+        print("\n" + box("📡 HTTP STREAMING SERVER STATISTICS", {
+            "Server Uptime": duration(stats["uptime_seconds"]),
+            "Total Requests": stats["total_requests"],
+            "Successful": stats["successful_requests"],
+            "Failed": stats["failed_requests"],
+            "Active Sessions": stats["active_sessions"],
+            "Active Streams": stats["streaming_connections"],
+            "Total Sessions Created": stats["total_sessions_created"],
+            "Avg Response Time": f"{stats['average_response_time']:.3f}s",
+            "Model": stats["model"],
+            "Framework": stats["framework"],
+        }))
+
+    def health(self) -> None:
+        """Check server health and active streams"""
+        health = self._api.health()
+        print("\n" + box("💚 SERVER HEALTH", {
+            "Status": health["status"],
+            "Model": health["model"],
+            "Server Uptime": duration(health["uptime_seconds"]),
+            "Total Requests": health["total_requests"],
+            "Active Sessions": health["active_sessions"],
+            "Active Streams": health["streaming_connections"],
+        }))
+
+    def docs(self) -> None:
+        """Open API documentation in browser"""
+        open_page(self._api.url + "/docs", "API documentation")
+
+    def demo(self) -> None:
+        """Open interactive HTTP streaming demo page"""
+        open_page(self._api.url + "/demo", "HTTP streaming demo page")
+
+    def clear(self) -> None:
+        """Clear screen"""
+        write("\x1b[2J\x1b[3J\x1b[H")  # the screen, what was scrolled off it, and home
+
+    def quit(self) -> None:
+        """Exit client"""
+        raise Quit
+
+    def new(self) -> None:
+        """Create a new streaming chat session"""
+        try:
+            session = self._api.new_session()
+        except ChatError as error:
+            if error.status != 404:
+                raise
+            self._client.session = Session()  # a proxy before many servers does not know which of them to ask
+            say("✨ A new session begins with your next message.")
+            return
+        self._client.session = Session(session["session_id"], known=True)
+        self._client.created += 1
+        say(f"✨ New session created successfully!\n   Session ID: {short(session['session_id'])}\n"
+            f"   Model: {one_line(session['model'])}")
+
+    def info(self) -> None:
+        """Show current session details"""
+        session = self._api.session(self._current().session_id)
+        print("\n" + box("📋 SESSION INFO", {
+            "Session ID": short(session["session_id"]),
+            "Model": session["model"],
+            "Total Messages": session["message_count"],
+            "User Messages": session["user_messages"],
+            "AI Messages": session["model_messages"],
+            "Duration": duration(session["session_duration_seconds"]),
+            "Created": time_of_day(session["created_at"]),
+        }))
+        say(f"To come back later: --session {one_line(session['session_id'])}")
+
+    def sessions(self) -> None:
+        """List all active sessions on server"""
+        rows = []
+        sessions = self._api.sessions()
+        self._client.listed = [session["session_id"] for session in sessions]
+        for number, session in enumerate(sessions, 1):
+            age, created = duration(session["duration_minutes"] * 60), time_of_day(session["created_at"])
+            mark = " ← CURRENT" if session["session_id"] == self._client.session.session_id else ""
+            name, count = short(session["session_id"]), session["message_count"]
+            rows.append(f"{number}. {name} ({count} msgs, {age}, {created}){mark}")
+        print("\n" + box(f"📋 ALL ACTIVE SESSIONS ({len(sessions)})", rows))
+
+    def switch(self, argument: str) -> None:
+        """Go to session N of /sessions, or to ID"""
+        ids = [session["session_id"] for session in self._api.sessions()]
+        numbers = {str(number): session_id for number, session_id in enumerate(self._client.listed or ids, 1)}
+        start = argument.removesuffix("...")  # as boxes and the prompt shorten it
+        found = [session_id for session_id in ids if session_id.startswith(start)]
+        if argument in numbers:
+            found = [numbers[argument]]
+        if len(found) > 1 and argument not in found:
+            raise ChatError(f"Several sessions begin with {start}. /sessions lists them.")
+        enter(self._client, found[0] if len(found) == 1 else argument)  # a proxy lists not all
+
+    def reset(self) -> None:
+        """Clear current session history"""
+        self._api.clear(self._current().session_id)
+        self._client.session.messages = 0
+        say("🧹 The history of the session is cleared.")
+
+    def delete(self) -> None:
+        """Delete current session"""
+        session_id = self._current().session_id
+        self._api.delete(session_id)
+        self._client.session = Session()
+        say(f"🧹 Session {short(session_id)} is deleted. Your next message begins a new one.")
+
+    def history(self) -> None:
+        """Show the messages of the current session"""
+        messages = self._api.session(self._current().session_id)["messages"]
+        say(f"📋 {len(messages)} messages")
+        for message in messages:
+            name = "👤 You" if message["role"] == "user" else "🤖 AI"
+            say(f"\n{name} [{time_of_day(message['timestamp'])}]", "36")
+            page = Page(terminal_width() - 1)
+            write(page.add(message["text"]) + page.end() + "\n")
+
+    def retry(self) -> None:
+        """Send a message that failed again"""
+        turn = self._client.unanswered
+        if not turn:
+            raise ChatError("There is nothing to send again: no message has failed.")
+        if turn.session_id != self._client.session.session_id:
+            self._client.session = Session(turn.session_id)
+        self._client.send_turn(turn)
+
+    def _current(self) -> Session:
+        """The client's session, if the server has it."""
+        if not self._client.session.known:
+            raise ChatError("There is no session yet. Send a message, or type /new.")
+        return self._client.session
 
 
-def show_stats(client: Client) -> None:
-    """Show client streaming statistics"""
-    own, session = client.statistics, client.session
-    print("\n" + box("📊 CLIENT SESSION STATISTICS", {
-        "Client Session Duration": duration(time.monotonic() - own.started),
-        "Messages Sent": own.sent,
-        "Successful Streams": own.successful,
-        "Recovered Streams": own.recovered,
-        "Failed Streams": own.failed,
-        "Total Chunks Received": own.chunks,
-        "Avg Chunks per Stream": average(own.whole, own.successful, ".1f"),
-        "Sessions Created": own.created,
-        "Avg Response Time": average(own.seconds, own.successful, ".3f") + ("s" if own.successful else ""),
-        "Current Session": short(session.session_id) if session.known else "-",
-        "Session Messages": session.messages,
-    }))
+COMMANDS = [f"/{name}" for name in vars(Commands) if not name.startswith("_")]
 
 
-def show_server(client: Client) -> None:
-    """Display server and streaming statistics"""
-    stats = client.api.stats()
-    mean = stats["average_response_time"]
-    print("\n" + box("📡 HTTP STREAMING SERVER STATISTICS", {
-        "Server Uptime": duration(stats["uptime_seconds"]),
-        "Total Requests": stats["total_requests"],
-        "Successful": stats["successful_requests"],
-        "Failed": stats["failed_requests"],
-        "Active Sessions": stats["active_sessions"],
-        "Active Streams": stats["streaming_connections"],
-        "Total Sessions Created": stats["total_sessions_created"],
-        "Avg Response Time": "-" if mean is None else f"{min(mean, 1e9):.3f}s",
-        "Model": stats["model"],
-        "Framework": stats["framework"],
-    }))
+def mean(numbers: list[Any], form: str, unit: str = "") -> str:
+    """A mean, or a dash before there is anything to average."""
+    return f"{sum(numbers) / len(numbers):{form}}{unit}" if numbers else "-"
 
 
-def show_health(client: Client) -> None:
-    """Check server health and active streams"""
-    health = client.api.health()
-    print("\n" + box("💚 SERVER HEALTH", {
-        "Status": health["status"],
-        "Model": health["model"],
-        "Server Uptime": duration(health["uptime_seconds"]),
-        "Total Requests": health["total_requests"],
-        "Active Sessions": health["active_sessions"],
-        "Active Streams": health["streaming_connections"],
-    }))
-
-
-def open_docs(client: Client) -> None:
-    """Open API documentation in browser"""
-    open_page(client, "/docs", "API documentation")
-
-
-def open_demo(client: Client) -> None:
-    """Open interactive HTTP streaming demo page"""
-    open_page(client, "/demo", "HTTP streaming demo page")
-
-
-def open_page(client: Client, path: str, name: str) -> None:
-    """Open a page of the server in the user's browser; its URL is shown for where there is none."""
-    print(f"📡 Opening {name} in your browser...\n   URL: {client.api.url}{path}", flush=True)
-    if not webbrowser.open(client.api.url + path):
-        print("   There is no browser here: open the URL yourself.")
-
-
-def clear_screen(client: Client) -> None:
-    """Clear screen"""
-    print("\x1b[2J\x1b[3J\x1b[H", end="")  # the screen, what was scrolled off it, and home
-
-
-def leave(client: Client) -> None:
-    """Exit client"""
-    raise Quit
-
-
-def create_session(client: Client) -> None:
-    """Create a new streaming chat session"""
-    try:
-        session = client.api.new_session()
-    except Refused as error:
-        if error.status != 404:
-            raise
-        client.session = Session()  # a proxy before many servers can't tell which of them would have it
-        print(f"✨ New session {short(client.session.session_id)}: it begins with your next message.")
-        return
-    client.session = Session(session["session_id"], known=True)
-    client.statistics.created += 1
-    print(f"✨ New session created successfully!\n   Session ID: {short(session['session_id'])}\n"
-          f"   Model: {one_line(session['model'])}")
-
-
-def show_session(client: Client) -> None:
-    """Show current session details"""
-    session = client.api.session(current(client).session_id)
-    print("\n" + box("📋 SESSION INFO", {
-        "Session ID": short(session["session_id"]),
-        "Model": session["model"],
-        "Total Messages": session["message_count"],
-        "User Messages": session["user_messages"],
-        "AI Messages": session["model_messages"],
-        "Duration": duration(session["session_duration_seconds"]),
-        "Created": time_of_day(session["created_at"]),
-    }))
-    print(f"To come back later: --session {one_line(session['session_id'])}")
-
-
-def list_sessions(client: Client) -> None:
-    """List all active sessions on server"""
-    sessions = client.api.sessions()
-    client.listed = [session["session_id"] for session in sessions]
-    print("\n" + box(f"📋 ALL ACTIVE SESSIONS ({len(sessions)})", [
-        f"{number}. {short(session['session_id'])} ({session['message_count']} msgs, "
-        f"{duration(session['duration_minutes'] * 60)}, {time_of_day(session['created_at'])})"
-        + (" ← CURRENT" if session["session_id"] == client.session.session_id else "")
-        for number, session in enumerate(sessions, 1)]))
-
-
-def switch_session(client: Client, argument: str) -> None:
-    """Go to session N of /sessions, or to ID"""
-    ids = [session["session_id"] for session in client.api.sessions()]
-    numbers = {str(number): session_id for number, session_id in enumerate(client.listed or ids, 1)}
-    begin = argument.removesuffix("...")  # as boxes and the prompt shorten it
-    found = [numbers[argument]] if argument in numbers else [one for one in ids if one == argument] or [
-        one for one in ids if one.startswith(begin)]
-    if len(found) > 1:
-        raise ChatError("There is more than one such session: /sessions lists them.")
-    enter(client, found[0] if found else argument)  # not listed: the server may be one of many
-
-
-def reset_session(client: Client) -> None:
-    """Clear current session history"""
-    client.api.clear(current(client).session_id)
-    client.session.messages = 0
-    print("🧹 The session's history is cleared.")
-
-
-def delete_session(client: Client) -> None:
-    """Delete current session"""
-    client.api.delete(current(client).session_id)
-    print(f"🧹 The session {short(client.session.session_id)} is deleted. Your next message begins a new one.")
-    client.session = Session()
-
-
-def show_history(client: Client) -> None:
-    """Show the messages of the current session"""
-    messages = client.api.session(current(client).session_id)["messages"]
-    print(f"📋 {len(messages)} messages")
-    for message in messages:
-        name = "👤 You" if message["role"] == "user" else "🤖 AI"
-        print("\n" + paint("36", f"{name} [{time_of_day(message['timestamp'])}]"))
-        print(escape(message["text"]))
-
-
-def retry_turn(client: Client) -> None:
-    """Send a message that failed again"""
-    if not client.unanswered:
-        raise ChatError("There is nothing to send again: no message has failed.")
-    client.session = client.unanswered.session
-    client.send(client.unanswered)
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "/help": show_help, "/stats": show_stats, "/server": show_server, "/health": show_health, "/docs": open_docs,
-    "/demo": open_demo, "/clear": clear_screen, "/quit": leave, "/new": create_session, "/info": show_session,
-    "/sessions": list_sessions, "/switch": switch_session, "/reset": reset_session, "/delete": delete_session,
-    "/history": show_history, "/retry": retry_turn,
-}
-ARGUMENTS = {"/switch": "N|ID"}
-
-
-def current(client: Client) -> Session:
-    """The client's session, if the server has it. Raises ChatError."""
-    if not client.session.known:
-        raise ChatError("There is no session yet: send a message, or /new.")
-    return client.session
+def open_page(url: str, name: str) -> None:
+    """Open a page of the server in the user's browser. Its URL is shown for where there is none."""
+    say(f"📡 Opening {name} in your browser...\n   URL: {url}")
+    if not webbrowser.open(url):
+        say("   There is no browser here: open the URL yourself.")
 
 
 def enter(client: Client, session_id: str) -> None:
-    """Make a session of the server the current one; where an answer is running there, show it, with its question."""
+    """Make a session of the server the current one. If a turn is running there, show it with its message."""
     session = client.api.session(session_id)
     client.session = Session(session_id, session["message_count"], known=True)
-    print(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
+    say(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
     turn = session["latest_turn"]
     if turn and turn["state"] == "running":
-        print(f"   An answer is running there.\n\n{prompt(client)}{escape(turn['message'])}")
-        client.send(Turn(client.session, turn["message"], turn["turn_id"]))
+        say(f"   An answer is running there.\n\n{prompt(client)}{turn['message']}")
+        client.run(Turn(client.api, turn["message"], session_id, turn["turn_id"]))
 
 
 def run_command(client: Client, line: str) -> None:
-    """Run a command. Raises ChatError, also where there is no such command."""
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-        hint = f"Did you mean {near[0]}?" if near else "/help lists them all."
-        raise ChatError(f"There is no command {name}. {hint} (// sends a message with a slash.)")
-    if bool(argument) != (name in ARGUMENTS):
-        raise ChatError(f"{name} takes nothing after it." if argument else f"{name} needs {ARGUMENTS[name]} after it.")
-    if argument:
-        COMMANDS[name](client, argument)
-    else:
-        COMMANDS[name](client)
+    """Run a command. The beginning of its name is enough, if no other begins like this. Raises ChatError."""
+    name, *arguments = line.split(maxsplit=1)
+    found = [name] if name in COMMANDS else [command for command in COMMANDS if command.startswith(name)]
+    if len(found) != 1:
+        near = found if len(name) > 1 and found else difflib.get_close_matches(name.lower(), COMMANDS, 1)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "/help lists them all."
+        raise ChatError(f"Unknown command {name}. {hint} Type // to send text that starts with a slash.")
+    name = found[0]
+    if arguments and name != "/switch":
+        raise ChatError(f"{name} takes nothing after it.")
+    if not arguments and name == "/switch":
+        raise ChatError("/switch needs the number or the id of a session. /sessions lists them.")
+    try:
+        getattr(Commands(client), name[1:])(*map(str.strip, arguments))
+    except WRONG_SHAPE as error:
+        raise unexpected() from error
 
 
-# ---- prompt: lines from a person -------------------------------------------------------------------------------------
-
-HISTORY = "~/.streamchat_history"  # JSON strings, since a message may have many lines
-HISTORY_LINES = 1000
+# ---- main --------------------------------------------------------------------------------------------------
 
 
 def prompt(client: Client) -> str:
@@ -1395,93 +1275,47 @@ def prompt(client: Client) -> str:
     return f"You [{short(client.session.session_id)}] › " if client.session.known else "You › "
 
 
-class Keyboard:
-    """Lines with editing, history and completion, where Python has readline."""
+def greet(client: Client, session_id: str | None) -> None:
+    """Find the server, and the session to go on with. Raises ChatError for a wrong token, say."""
+    say("📡 STREAMABLE HTTP CHAT CLIENT 📡", "1")
+    try:
+        model = one_line(client.api.stats().get("model"))
+    except ChatError as error:
+        if error.code not in ("unreachable", "cut"):
+            raise
+        say(f"⚠ No server at {client.api.url}: {error}\n   Start one: python3 streamchat_server.py", "33")
+        return
+    say(f"🎉 Connected to {client.api.url} ({model})\n"
+        "📡 HTTP chunked streaming enabled - responses will appear as they're generated!\n"
+        "   /help lists the commands.")
+    if session_id:
+        resume(client, session_id)
 
-    def __init__(self) -> None:
-        self.path = Path(os.path.expanduser(HISTORY))  # which never raises
-        self.readline: Any = None
-        with suppress(ImportError):  # Windows; and imported only here, since for some terminals it prints at once
-            import readline
 
-            self.readline = readline
-            self._set_up()
-
-    def _set_up(self) -> None:
-        readline = self.readline
-        readline.set_auto_history(False)
-        readline.set_completer(self._complete)
-        readline.set_completer_delims(" ")
-        if "libedit" in (readline.__doc__ or ""):
-            readline.parse_and_bind("bind ^I rl_complete")
+def resume(client: Client, session_id: str) -> None:
+    """Go on with a session, or begin it."""
+    try:
+        enter(client, session_id)
+    except ChatError as error:
+        if error.code == "session_not_found":
+            say(f"📋 Session {short(session_id)} begins with your first message.")
         else:
-            readline.parse_and_bind("tab: complete")
-            if os.environ.get("TERM") != "dumb":
-                readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted newline is text then, and no Enter
-        with suppress(OSError, UnicodeDecodeError):  # there is none yet, or it is not ours
-            if not self.path.is_symlink():  # to /dev/null, say
-                self.path.chmod(0o600)
-            lines = self.path.read_text("utf-8").splitlines(keepends=True)[-HISTORY_LINES:]
-            self.path.write_text("".join(lines), "utf-8")
-            for line in lines:
-                with suppress(ValueError, RecursionError):  # somebody changed it
-                    readline.add_history(str(json.loads(line)))
-
-    def _complete(self, text: str, state: int) -> str | None:
-        names = [name for name in COMMANDS if name.startswith(text) and self.readline.get_begidx() == 0]
-        return [*names, None][state]
-
-    def typed(self) -> str:
-        """What is in the line that Ctrl-C has ended."""
-        return self.readline.get_line_buffer() if self.readline else ""
-
-    def read(self, before: str) -> str:
-        """A line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
-        colour = paint("1;36", before)
-        if self.readline:  # it must know what takes no room on the screen
-            colour = re.sub(r"\x1b\[[0-9;]*m", "\x01\\g<0>\x02", colour)
-        return input(colour)
-
-    def read_message(self, before: str) -> str:
-        """A line, or what stands between two lines of three quotes. Only a command begins with one slash."""
-        text = self.read(before)
-        if text.strip() == '"""':
-            lines: list[str] = []
-            with suppress(EOFError):  # Ctrl-D ends it, too
-                while (line := self.read("... ")).strip() != '"""':
-                    lines.append(line)
-            text = "\n".join(lines)
-            if text.startswith("/"):
-                text = "/" + text
-        self._remember(text)
-        return text
-
-    def _remember(self, text: str) -> None:
-        if self.readline and text.strip():
-            with suppress(ValueError):  # the locale has no such character
-                self.readline.add_history(text)
-            with suppress(OSError), open(self.path, "a", encoding="utf-8",
-                                         opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                file.write(json.dumps(text) + "\n")
+            say(f"❌ {explain(error)}", "31")
 
 
-# ---- main ------------------------------------------------------------------------------------------------------------
-
-
-def converse(client: Client) -> None:
+def converse(client: Client, keyboard: Keyboard) -> None:
     """Chat with a person, until they leave."""
-    keyboard, leaving = Keyboard(), False
+    leaving = False
     while True:
         try:
             print()
             text = keyboard.read_message(prompt(client))
             leaving = False
-            if text.strip():
-                act(client, text)
+            act(client, keyboard, text)
         except ChatError as error:
-            print(paint("31", f"❌ {as_sentence(error)}"))
+            say(f"❌ {explain(error)}", "31")
         except KeyboardInterrupt:
-            if leaving and not keyboard.typed():
+            if leaving and keyboard.is_empty():
                 return
             leaving = True
             print("\n(Ctrl-C again, or Ctrl-D, leaves.)")
@@ -1489,42 +1323,48 @@ def converse(client: Client) -> None:
             return
 
 
-def act(client: Client, text: str) -> None:
-    """Do what a line says: a command after one slash, else a message."""
-    if text.startswith("/") and not text.startswith("//"):
-        run_command(client, text)
-        return
-    client.statistics.sent += 1
-    client.send(Turn(client.session, text.removeprefix("/"), new_id()))
-
-
-def greet(client: Client, session_id: str | None) -> None:
-    """Find the server, and the session to go on with. Raises Refused, for a wrong token, say."""
-    print(paint("1", "📡 STREAMABLE HTTP CHAT CLIENT 📡"))
+def act(client: Client, keyboard: Keyboard, text: str) -> None:
+    """Do what a line says: a command after one slash, otherwise a message."""
     try:
-        stats = client.api.stats()
-        print(f"🎉 Connected to {client.api.url} ({one_line(stats['model'])})\n"
-              "📡 HTTP chunked streaming enabled - responses will appear as they're generated!\n"
-              "   /help lists the commands.")
-        if session_id:
-            enter(client, session_id)
-    except Lost as error:
-        print(paint("33", f"⚠ No server at {client.api.url}: {error}.\n   Start one: python3 streamchat_server.py"))
-    except Refused as error:
-        if error.code != "session_not_found":
-            raise
-        print(f"📋 Session {short(client.session.session_id)} begins with your first message.")
+        if text.startswith("/") and not text.startswith("//"):
+            run_command(client, text)
+        elif text.strip():
+            client.send(text.removeprefix("/"))
+    finally:
+        keyboard.collect_all()
+
+
+def interact(api: Api, session_id: str | None) -> int:
+    """Chat at the terminal. Returns the exit status."""
+    if os.name == "nt":
+        os.system("")  # makes a Windows console read escape sequences
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # what is not UTF-8 shows as �
+    keyboard = Keyboard()
+    client = Client(api, Session(session_id or ""), show_screen, keyboard)
+    try:
+        greet(client, session_id)
+        converse(client, keyboard)
+        Commands(client).stats()
+    except ChatError as error:
+        complain(f"❌ {explain(error)}")
+        return 1
+    finally:
+        keyboard.release()
+    if client.session.known:
+        say(f"To go on later: --session {one_line(client.session.session_id)}")
+    print("👋 Goodbye!")
+    return 0
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What the command line says, with an Api; `message` is None for a chat. What is wrong ends it with status 2."""
+    """What the command line says, with an Api. No `message` means a chat. Wrong arguments exit with 2."""
     parser = argparse.ArgumentParser(description="Chat over streamable HTTP, at a terminal or in a script.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (%(default)s)")
     parser.add_argument("--session", metavar="ID", help="go on with this session, or begin it")
     parser.add_argument("--token", metavar="T", help="the server's token (default: STREAMCHAT_TOKEN)")
-    parser.add_argument("--json", action="store_true", help="print the lines of the stream instead of the answer")
-    parser.add_argument("message", metavar="MESSAGE", nargs="?", help="print the answer to this, and to standard input "
-                        "where that is piped, and end")
+    parser.add_argument("--json", action="store_true", help="print the lines of the stream")
+    parser.add_argument("message", metavar="MESSAGE", nargs="?",
+                        help="print the answer to this, and to standard input where that is piped, and end")
     arguments = parser.parse_args()
     token = arguments.token or os.environ.get("STREAMCHAT_TOKEN")
     if arguments.session is not None and not ID.fullmatch(arguments.session):
@@ -1534,7 +1374,7 @@ def parse_arguments() -> argparse.Namespace:
     try:
         arguments.api = Api(arguments.url, token)
     except ValueError as error:
-        parser.error(f"--url: {escape(str(error))}")
+        parser.error(f"--url: {escape(error)}")
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if arguments.message is not None or arguments.json or not at_terminal:
         arguments.message = message_of_script(parser, arguments.message)
@@ -1559,27 +1399,6 @@ def message_of_script(parser: argparse.ArgumentParser, argument: str | None) -> 
     return message
 
 
-def main() -> int:
-    """The exit status: 0, or 1 when no full answer came; 130 after Ctrl-C in a script; 2 for wrong arguments."""
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # for the whole run
-    sys.stdout, sys.stderr = map(output, (sys.stdout, sys.stderr))
-    try:
-        arguments = parse_arguments()
-        with closing(arguments.api) as api:
-            if arguments.message is None:
-                return interact(Client(api, Session(arguments.session), Screen), arguments.session)
-            client = Client(api, Session(arguments.session), Lines if arguments.json else Answer)
-            answer = client.send(Turn(client.session, arguments.message, new_id()))
-            return 130 if answer.interrupted else 0 if answer.status == "SUCCESS" else 1
-    except KeyboardInterrupt:
-        os._exit(130)  # the interpreter's own exit would wait until standard output is taken
-    except OSError as error:  # of standard output, say; those of the network are ChatErrors
-        if not isinstance(error, BrokenPipeError):  # which says that nobody reads any more
-            complain(f"❌ {as_sentence(error.strerror or error)}")
-        abandon(sys.stdout)
-        return 1
-
-
 def output(stream: Any) -> Any:
     """A stream that takes all: also where it was closed before the start, or has no sign for an emoji."""
     stream = stream or open(os.devnull, "w")  # noqa: SIM115
@@ -1587,22 +1406,26 @@ def output(stream: Any) -> Any:
     return stream
 
 
-def interact(client: Client, session_id: str | None) -> int:
-    """Chat at the terminal. The exit status."""
-    if os.name == "nt":
-        os.system("")  # makes a Windows console read escape sequences
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # what is not UTF-8 shows as �
+def main() -> int:
+    """The exit status: 0; 1 without a whole answer; 130 after Ctrl-C in a script; 2 for wrong arguments."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # for the whole run
+    sys.stdout, sys.stderr = output(sys.stdout), output(sys.stderr)
     try:
-        greet(client, session_id)
-    except ChatError as error:
-        complain(f"❌ {as_sentence(error)}")
+        arguments = parse_arguments()
+        if arguments.message is None:
+            return interact(arguments.api, arguments.session)
+        show = show_json if arguments.json else show_text
+        answer = Client(arguments.api, Session(arguments.session), show).send(arguments.message)
+        if answer.interrupted:
+            return 130
+        return 0 if answer.status() == "SUCCESS" else 1
+    except KeyboardInterrupt:
+        os._exit(130)  # the interpreter's own exit would wait until standard output is taken
+    except OSError as error:  # of standard output, say; those of the network are ChatErrors
+        if not isinstance(error, BrokenPipeError):  # which says that nobody reads any more
+            complain(f"❌ {error.strerror or error}.")
+        abandon(sys.stdout)
         return 1
-    converse(client)
-    show_stats(client)
-    if client.session.known:
-        print(f"To go on later: --session {one_line(client.session.session_id)}")
-    print("👋 Goodbye!")
-    return 0
 
 
 if __name__ == "__main__":

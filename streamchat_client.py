@@ -541,6 +541,8 @@ def box(title: str, rows: dict[str, Any] | list[str]) -> str:
     width = min(62, terminal_width() - 2)
     lines = rows if isinstance(rows, list) else [f"{name}: {value}" for name, value in rows.items()]
     head = f"─ {title} "
+    if columns(head) > width:
+        head = fit(head, width)
     drawn = [f"┌{head}{'─' * (width - columns(head))}┐"]
     for line in lines:
         page = Page(width - 2)

@@ -3727,8 +3727,10 @@ class Terminal:
 
     def __init__(self, command, columns=80, **more):
         pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
+        termios = pytest.importorskip("termios", reason="needs pseudo-terminals")
         self.shown, self.read = b"", 0
         self.outer, inner = pty.openpty()
+        termios.tcsetwinsize(inner, (50, columns))
         more = {"PYTHONIOENCODING": "utf-8", "TERM": "xterm", "COLUMNS": str(columns)} | more
         self.process = subprocess.Popen(command, env=environment(**more), stdin=inner, stdout=inner, stderr=inner)
         os.close(inner)
@@ -5748,6 +5750,7 @@ def flood(start, piece):
     return play
 
 
+UNEXPECTED = "unexpected", "unexpected answer"
 STAYS = [               # what a server does, its bytes, and the code and the words of what the client raises
     *((f"status {status}", refusal(status), "so", "Because I say so")
       for status in (400, 401, 403, 404, 409, 413, 500, 501)),
@@ -5757,24 +5760,24 @@ STAYS = [               # what a server does, its bytes, and the code and the wo
     ("a redirect", refusal(302, "Location: http://there.example/"), "unexpected", "redirects to http://there.example/"),
     ("an error that stays", stream_of(*TURN[:3], line_of("error", message="No key.", retryable=False)), "", "No key"),
     ("an error that tells no more", stream_of(INFO, line_of("error", message="No key.")), "", "No key"),
-    ("not JSON", stream_of(INFO, b"Hello\n"), "unexpected", "unexpected answer"),
-    ("HTML", refusal(200, "Content-Type: text/html", body=b"<html>\n<body>\n"), "unexpected", "unexpected answer"),
-    ("bytes that are no UTF-8", stream_of(b'{"type":"\xff"}\n'), "unexpected", "unexpected answer"),
-    ("a JSON array", stream_of(b"[1]\n"), "unexpected", "unexpected answer"),
-    ("deep nesting", stream_of(b"[" * 60_000 + b"\n"), "unexpected", "unexpected answer"),
-    ("a huge number", stream_of(b'{"type":"chunk","text":"","chunk_number":%b}\n' % (b"9" * 5000)), "unexpected", "unexpected answer"),
-    ("no type", stream_of(b'{"text":"Hello"}\n'), "unexpected", "unexpected answer"),
-    ("a type that is a list", stream_of(b'{"type":["chunk"]}\n'), "unexpected", "unexpected answer"),
-    ("a chunk without text", stream_of(INFO, line_of("chunk", chunk_number=1)), "unexpected", "unexpected answer"),
-    ("a text that is a number", stream_of(INFO, line_of("chunk", text=1, chunk_number=1)), "unexpected", "unexpected answer"),
-    ("a number that is a text", stream_of(INFO, line_of("chunk", text="", chunk_number="1")), "unexpected", "unexpected answer"),
-    ("an error without words", stream_of(INFO, line_of("error", code="model_error")), "unexpected", "unexpected answer"),
-    ("a line of more than 64 KiB", stream_of(line_of("status", message="x" * 70_000)), "unexpected", "unexpected answer"),
-    ("a line without end", flood(stream_of(INFO), b"x"), "unexpected", "unexpected answer"),
-    ("a status line without end", flood(b"HTTP/1.1 ", b"2"), "unexpected", "unexpected answer"),
-    ("a header line without end", flood(b"HTTP/1.1 200 OK\r\nX: ", b"x"), "unexpected", "unexpected answer"),
-    ("too many header fields", flood(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), "unexpected", "unexpected answer"),
-    ("something that is not HTTP", b"SSH-2.0-OpenSSH_10.2\r\n", "unexpected", "unexpected answer"),
+    ("not JSON", stream_of(INFO, b"Hello\n"), *UNEXPECTED),
+    ("HTML", refusal(200, "Content-Type: text/html", body=b"<html>\n<body>\n"), *UNEXPECTED),
+    ("bytes that are no UTF-8", stream_of(b'{"type":"\xff"}\n'), *UNEXPECTED),
+    ("a JSON array", stream_of(b"[1]\n"), *UNEXPECTED),
+    ("deep nesting", stream_of(b"[" * 60_000 + b"\n"), *UNEXPECTED),
+    ("a huge number", stream_of(b'{"type":"chunk","text":"","chunk_number":%b}\n' % (b"9" * 5000)), *UNEXPECTED),
+    ("no type", stream_of(b'{"text":"Hello"}\n'), *UNEXPECTED),
+    ("a type that is a list", stream_of(b'{"type":["chunk"]}\n'), *UNEXPECTED),
+    ("a chunk without text", stream_of(INFO, line_of("chunk", chunk_number=1)), *UNEXPECTED),
+    ("a text that is a number", stream_of(INFO, line_of("chunk", text=1, chunk_number=1)), *UNEXPECTED),
+    ("a number that is a text", stream_of(INFO, line_of("chunk", text="", chunk_number="1")), *UNEXPECTED),
+    ("an error without words", stream_of(INFO, line_of("error", code="model_error")), *UNEXPECTED),
+    ("a line of more than 64 KiB", stream_of(line_of("status", message="x" * 70_000)), *UNEXPECTED),
+    ("a line without end", flood(stream_of(INFO), b"x"), *UNEXPECTED),
+    ("a status line without end", flood(b"HTTP/1.1 ", b"2"), *UNEXPECTED),
+    ("a header line without end", flood(b"HTTP/1.1 200 OK\r\nX: ", b"x"), *UNEXPECTED),
+    ("too many header fields", flood(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), *UNEXPECTED),
+    ("something that is not HTTP", b"SSH-2.0-OpenSSH_10.2\r\n", *UNEXPECTED),
 ]
 IN_VAIN = [             # what a server does again and again, its bytes, and the code of what the client raises
     ("it is too busy", refusal(503), "so"), ("it stops", stream_of(SHUTDOWN), "server_shutdown"),
@@ -6263,7 +6266,7 @@ NOT_SENT = [            # what is typed before the first message, what is said
     ("/reset", "no session yet"), ("/delete", "no session yet"), ("/info", "no session yet"),
     ("/history", "no session yet"), ("   ", ""),
 ]
-CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+CTRL_A, CTRL_C, CTRL_D, CTRL_E, UP = "\x01", "\x03", "\x04", "\x05", "\x1b[A"
 RULE = "\u2500" * 60
 ONE_SECOND = "word " * 200          # a turn that runs for 1 s at the pace of the `server` fixture
 CALM = ("--chunk-delay", "0.02", "--log", "off")
@@ -6386,14 +6389,31 @@ class TestTerminalClient:
         check_boxes(seen)
 
     def test_a_terminal_of_two_columns_does_no_harm(self, instant):
-        with chatting(url_of(instant), COLUMNS="2") as chat:
-            assert rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
+        with chatting(url_of(instant), "--session", session := new_id(), columns=2) as chat:
+            chat.type("Hi\r")
+            chat.wait("SUCCESS")
+        assert instant.history(session)[0] == ("user", "Hi")
+
+    def test_it_fits_the_terminal_whatever_columns_says(self, instant):
+        size = 50
+        message = "word \u91cf\u5b50 \U0001f600 " * 40 + "\u91cf" * 100
+        with chatting(url_of(instant), "--session", session := new_id(), columns=size, COLUMNS="200") as chat:
+            shown = "".join(map(chat.enter, (message, "/help", "/stats", "/server", "/health", "/info", "/sessions",
+                                             "/history", "/xyzzy", "/switch")))
+        lines = shown.splitlines()
+        boxes = [line for line in lines if line[:1] in tuple("\u250c\u2502\u2514")]
+        assert {width(line) for line in boxes} == {size} and len(boxes) > 60
+        assert max(map(width, lines)) == size
+        answer = shown.partition("\u2500\n")[2].partition("\n\u2500")[0]
+        assert "".join(answer.split()) == "".join(instant.history(session)[1][1].split())
+        assert set(re.findall("[a-z]+", answer.partition("This")[0])) == {"word", "said", "ou"}
 
     def test_help_lists_the_commands(self, server):
         with chatting(url_of(server)) as chat:
             shown = chat.enter("/help")
         rows = re.findall(r"^\u2502 (/\w+)(?: N\|ID)? +\S.*[^. ] +\u2502$", shown, re.MULTILINE)
         assert rows == CLIENT_COMMANDS
+        assert len(shown.splitlines()) <= 24 and "~/.streamchat_history" in shown
         check_boxes(shown)
         assert max(map(width, shown.splitlines())) <= 80
 
@@ -6491,6 +6511,64 @@ class TestTerminalClient:
             chat.enter(UP)
         assert instant.history(session)[0] == ("user", "one message")
 
+    def test_a_home_that_cannot_be_written_loses_no_line(self, instant, tmp_path):
+        history = tmp_path / ".streamchat_history"
+        history.write_text("one message\n")
+        for _ in range(2):
+            with chatting(url_of(instant), "--session", session := new_id(), home=tmp_path,
+                          changes="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12, 12))") as chat:
+                chat.enter("another")
+                chat.enter(UP + UP)
+            assert [text for role, text in instant.history(session) if role == "user"] == ["another", "one message"]
+            assert history.read_text() == "one message\n"
+        with chatting(url_of(instant), home=tmp_path / "nowhere") as chat:
+            chat.enter("Hi")
+            assert rows_of(chat.enter(UP))["Context Messages"] == "4"
+
+    def test_a_session_of_20_mb_can_be_entered(self, library, fast):
+        session = new_id()
+        for _ in range(105):
+            fast.turn("x" * 99_000, session_id=session)
+        assert len(json.dumps(fast.session(session))) > 20_000_000
+        with chatting(url_of(fast), "--session", session) as chat:
+            assert "has 210 messages" in chat.seen()
+            assert rows_of(chat.enter("Hi"))["Context Messages"] == "212"
+
+    def test_the_beginning_of_a_command_is_enough(self, instant):
+        with chatting(url_of(instant)) as chat:
+            assert "ALL ACTIVE SESSIONS" in chat.enter("/sess")
+            assert re.search("Did you mean (/\\w+ or )+/switch", chat.enter("/s"))
+
+    def test_messages_help(self, own):
+        server = own("--token", TOKEN, "--log", "off")
+        with TerminalChat(url_of(server)) as chat:
+            assert chat.wait_for_end() == 1
+            assert "--token" in chat.plain and "STREAMCHAT_TOKEN" in chat.plain
+            assert "Bearer" not in chat.plain and "Authorization" not in chat.plain
+        with chatting(url_of(server), "--token", TOKEN) as chat:
+            shown = chat.enter("/switch zzz")
+            assert "/sessions" in shown and "GET" not in shown
+
+    @waits
+    def test_a_busy_session_tells_a_curl_line_that_can_be_pasted(self, serve):
+        needs("curl")
+        server = serve(*CALM)
+        with chatting(url_of(server), "--session", session := new_id(), columns=60) as chat:
+            chat.enter("Hi")
+            with contextlib.closing(server.chat(LONG, session_id=session).connection):
+                shown = chat.enter("Hello")
+                assert "/retry" in shown and rows_of(shown)["Status"] == "FAILED"
+                line = re.search("^curl .*$", shown, re.MULTILINE)[0]
+                assert json.loads(run(["sh", "-c", line], "."))["stopped"] is True
+            assert rows_of(chat.enter("/retry"))["Status"] == "SUCCESS"
+
+    def test_an_error_that_stays_offers_no_retry(self):
+        stats = refusal(200, body=b'{"model":"m"}')
+        failing = stream_of(*TURN[:3], line_of("error", code="model_auth", message="No key."))
+        with ScriptedServer(failing, pages={"/stats": stats}) as server, chatting(server.url) as chat:
+            shown = chat.enter("Hi")
+        assert "No key.\n" in shown and "/retry" not in shown
+
     def test_tab_completes_a_command(self, instant):
         with chatting(url_of(instant)) as chat:
             assert "Show all commands" in chat.enter("/hel\t")
@@ -6498,11 +6576,12 @@ class TestTerminalClient:
     def test_a_message_may_have_many_lines(self, instant):
         with chatting(url_of(instant), "--session", session := new_id()) as chat:
             chat.enter('"""\rline 1\r\r/quit\r"""')
+            chat.enter('"""line 1\r\r/quit"""')
             chat.type('"""\rline 1\r\r/quit\r' + CTRL_D)
             chat.wait_for_prompt()
             chat.paste("line 1\r\r/quit")
             chat.enter("")
-        assert [text for role, text in instant.history(session) if role == "user"] == ["line 1\n\n/quit"] * 3
+        assert [text for role, text in instant.history(session) if role == "user"] == ["line 1\n\n/quit"] * 4
 
     @pytest.mark.parametrize("more", [{}, {"LC_ALL": "C"}], ids=["UTF-8", "C"])
     def test_what_is_typed_in_another_encoding_does_no_harm(self, instant, more):
@@ -6623,6 +6702,115 @@ class TestTerminalClientStops:
                 self.press(chat)
             assert rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
         assert server.history(session)[-2] == ("user", "Hi")
+
+
+TYPED = [               # what is typed during an answer, and what is there at the prompt
+    ("a paste", "\x1b[200~def f():\r    return 1\r\rexplain\x1b[201~", "def f():\n    return 1\n\nexplain"),
+    ("a paste with commands", "\x1b[200~one\r/delete\r/quit\r\x1b[201~", "one\n/delete\n/quit\n"),
+    ("a paste without marks", "one\r/delete\r/quit\rtwo", "one\n/delete\n/quit\ntwo"),
+    ("a command", "/delete\r", "/delete"), ("lines", "one\rtwo\r", "one\ntwo"),
+    ("6,000 characters", "\x1b[200~" + "x" * 6000 + "\x1b[201~", "x" * 6000),
+    ("6,000 characters without marks", "x" * 6000, "x" * 6000),
+    ("20,000 characters", "\x1b[200~" + 200 * ("x" * 99 + "\r") + "\x1b[201~", 200 * ("x" * 99 + "\n")),
+    ("control bytes", "a\x04\x00\x15\x17\x01b\x7fc" + UP + "\x1bOd\x1b[3~", "ac"),
+    ("control bytes in a paste", "\x1b[200~a\x04\t\x15b\x1b[201~", "a\x04\t\x15b"),
+    ("other characters", "caf\u00e9 \u91cf \U0001f600", "caf\u00e9 \u91cf \U0001f600"),
+]
+
+
+@NOT_OURS
+class TestTypedDuringAnAnswer:
+    """What is typed or pasted while there is no prompt waits for it, as one text that nobody sends but the user."""
+
+    def type_in_parts(self, chat, text):
+        """As a terminal does it, which goes on when there is room."""
+        data = text.encode()
+        while data:
+            data = data[os.write(chat.outer, data[:1000]):]
+            time.sleep(0.001)
+
+    @cases(TYPED)
+    def test_it_waits_at_the_prompt_as_one_text(self, server, case):
+        self.check(server, *case[1:])
+
+    @pytest.mark.parametrize("more", [{"LC_ALL": "C"}, {"TERM": "dumb"}], ids=["C", "dumb"])
+    @pytest.mark.parametrize("case", [TYPED[2], TYPED[-1]], ids=["lines", "other characters"])
+    def test_the_same_in_another_locale_and_at_a_dumb_terminal(self, server, case, more):
+        self.check(server, *case[1:], **more)
+
+    def check(self, server, typed, text, **more):
+        with chatting(url_of(server), "--session", session := new_id(), **more) as chat:
+            chat.type("word " * 60 + "\r")
+            chat.wait("You said: word")
+            self.type_in_parts(chat, typed)
+            chat.wait("SUCCESS")
+            shown = b""
+            while shown != chat.shown:
+                shown = chat.shown
+                time.sleep(0.4)
+            assert len(server.history(session)) == 2, "it was sent by itself"
+            chat.type("+" + CTRL_A + '"""' + CTRL_E + '"""\r')
+            assert wait_until(lambda: len(server.history(session)) == 4)
+            assert server.history(session)[2] == ("user", text + "+")
+
+    def test_ctrl_c_comes_through_behind_a_long_paste(self, server):
+        with chatting(url_of(server), "--session", session := new_id()) as chat:
+            chat.type(LONG + "\r")
+            chat.wait("You said: word")
+            self.type_in_parts(chat, "\x1b[200~" + "x" * 20_000 + "\x1b[201~" + CTRL_C)
+            chat.wait("STOPPED")
+            chat.wait_for_prompt()
+
+    def modes(self, chat):
+        return pytest.importorskip("termios").tcgetattr(chat.outer)[3]
+
+    @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGALRM", "SIGABRT"])
+    def test_a_signal_that_ends_it_leaves_the_terminal_as_it_was(self, server, name, at_prompt):
+        with TerminalChat(url_of(server)) as chat:
+            before = self.modes(chat)
+            chat.wait_for_prompt()
+            if not at_prompt:
+                chat.type(LONG + "\r")
+                chat.wait("You said: word")
+                assert self.modes(chat) != before
+            chat.process.send_signal(getattr(signal, name))
+            assert chat.wait_for_end() == -getattr(signal, name)
+            assert self.modes(chat) == before
+            assert chat.text.rfind("\x1b[?2004l") > chat.text.rfind("\x1b[?2004h")
+
+    @pytest.mark.parametrize("keys", [CTRL_D, "/quit\r", CTRL_C + CTRL_C], ids=["Ctrl-D", "quit", "Ctrl-C"])
+    def test_who_leaves_finds_the_terminal_as_it_was(self, server, keys):
+        with TerminalChat(url_of(server)) as chat:
+            before = self.modes(chat)
+            chat.wait_for_prompt()
+            for key in keys if keys[0] != "/" else [keys]:
+                time.sleep(0.3)
+                chat.type(key)
+            assert chat.wait_for_end() == 0
+            assert self.modes(chat) == before
+
+    @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
+    def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(self, server, at_prompt):
+        shell = shutil.which("dash") or shutil.which("sh")
+        login = [sys.executable, "-c", f"import os; os.login_tty(0); os.execv({shell!r}, ['sh', '-im'])"]
+        with tempfile.TemporaryDirectory() as home, Terminal(login, HOME=home, PS1="shell> ", ENV="") as chat:
+            chat.wait("shell> ")
+            before = self.modes(chat)
+            chat.type(f"{sys.executable} {CLIENT} --url {url_of(server)} --session {(session := new_id())}\r")
+            chat.wait("You \u203a ")
+            message = "word " * 80
+            chat.type(message + ("\r" if not at_prompt else ""))
+            chat.wait("You said: word" if not at_prompt else "word word")
+            time.sleep(0.3)
+            chat.type("\x1a")
+            chat.wait("shell> ")
+            assert self.modes(chat) == before
+            chat.type("fg\r")
+            chat.wait("STREAM COMPLETED" if not at_prompt else "You \u203a word word")
+            chat.type("" if not at_prompt else "\r")
+            assert wait_until(lambda: session in server.session_ids() and len(server.history(session)) == 2)
+            assert server.history(session)[0] == ("user", message)
 
 
 @NOT_OURS

@@ -354,7 +354,7 @@ class Turn:
     def disconnect(self) -> None:
         """End the connection from another thread: this wakes the one that reads."""
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # not that of TLS, which is not for threads
 
 
 class Log:
@@ -443,6 +443,9 @@ class StopByCtrlC:
 
         Raises KeyboardInterrupt if the retry could start a turn that the user has stopped.
         """
+        if self._stopped:  # which a retry has followed at once
+            time.sleep(seconds)
+            return
         self._pausing = True
         self._asked.wait(seconds)
         if self.pressed:
@@ -663,7 +666,7 @@ class Keyboard:
         self._hold(echo=False)
 
     def _hold(self, echo: bool) -> None:
-        """Let the terminal pass on each byte. Echo must be on when readline begins, or readline shows nothing."""
+        """Let the terminal pass on each byte. Without echo at its start, readline would show nothing."""
         modes = [*self._found]
         modes[3] &= ~(self._termios.ICANON if echo else self._termios.ICANON | self._termios.ECHO)
         self._set(modes, marks_pastes=True)
@@ -1298,6 +1301,8 @@ def resume(client: Client, session_id: str) -> None:
     """Go on with a session, or begin it."""
     try:
         enter(client, session_id)
+    except WRONG_SHAPE:
+        say(f"❌ {unexpected()}", "31")
     except ChatError as error:
         if error.code == "session_not_found":
             say(f"📋 Session {short(session_id)} begins with your first message.")

@@ -6262,7 +6262,8 @@ NOT_SENT = [            # what is typed before the first message, what is said
     ("/hlep", "Unknown command /hlep. Did you mean /help"), ("/xyzzy", "Unknown command /xyzzy. /help lists"),
     ("/HELP", "Unknown command /HELP. Did you mean /help"), ("/", "Unknown command /. /help lists"),
     ("/he", "Did you mean /help or /health"), ("/help me", "/help takes nothing"), ("/switch", "/switch needs"),
-    ("/switch 9999999", "no such session"), ("/switch nobody", "no such session"), ("/retry", "nothing to send again"),
+    ("/switch 9999999", "no such session"), ("/switch nobody", "no such session"),
+    ("/retry", "nothing to send again"),
     ("/reset", "no session yet"), ("/delete", "no session yet"), ("/info", "no session yet"),
     ("/history", "no session yet"), ("   ", ""),
 ]
@@ -6273,7 +6274,8 @@ CALM = ("--chunk-delay", "0.02", "--log", "off")
 HOSTILE_NAME = "\u91cf\u5b50 \U0001f600 " + FORGED
 HOSTILE_ANSWERS = [
     b"HTTP/1.0 409 Conflict\r\n\r\n" + json.dumps({"detail": FORGED}).encode(),
-    b"HTTP/1.0 302 Found\r\nLocation: x\x1b[31mFORGED\r\n\r\n", b"HTTP/1.0 500 x\x1b[31mFORGED\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.0 302 Found\r\nLocation: x\x1b[31mFORGED\r\n\r\n",
+    b"HTTP/1.0 500 x\x1b[31mFORGED\r\nContent-Length: 0\r\n\r\n",
 ]
 
 
@@ -6754,7 +6756,7 @@ class TestTypedDuringAnAnswer:
             assert server.history(session)[2] == ("user", text + "+")
 
     def test_ctrl_c_comes_through_behind_a_long_paste(self, server):
-        with chatting(url_of(server), "--session", session := new_id()) as chat:
+        with chatting(url_of(server)) as chat:
             chat.type(LONG + "\r")
             chat.wait("You said: word")
             self.type_in_parts(chat, "\x1b[200~" + "x" * 20_000 + "\x1b[201~" + CTRL_C)
@@ -6797,7 +6799,8 @@ class TestTypedDuringAnAnswer:
         with tempfile.TemporaryDirectory() as home, Terminal(login, HOME=home, PS1="shell> ", ENV="") as chat:
             chat.wait("shell> ")
             before = self.modes(chat)
-            chat.type(f"{sys.executable} {CLIENT} --url {url_of(server)} --session {(session := new_id())}\r")
+            session = new_id()
+            chat.type(f"{sys.executable} {CLIENT} --url {url_of(server)} --session {session}\r")
             chat.wait("You \u203a ")
             message = "word " * 80
             chat.type(message + ("\r" if not at_prompt else ""))

@@ -65,6 +65,8 @@ ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")
 URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # no user, query or fragment
 TOKEN = re.compile(r"[!-~]+")
 
+WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # from unchecked JSON
+
 Event = dict[str, Any]
 Wait = Callable[["ChatError", int, float], None]
 
@@ -269,7 +271,7 @@ class Api:
             if response.status != 200:
                 raise refused(response)
             yield response
-        except (OSError, http.HTTPException) as error:
+        except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # a size of 10**15, say
             raise lost(error) from error
         finally:
             if response:
@@ -391,9 +393,6 @@ def pause_before(retries: int, retry_after: float) -> float:
 
 
 # ---- Ctrl-C: the server ends the turn, and the answer ends as it always does -------------------------------
-
-WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # from unchecked JSON
-
 
 class StopByCtrlC:
     """While a turn runs, Ctrl-C asks the server to stop it. The server then sends the rest, and `complete`.
@@ -651,7 +650,6 @@ class Keyboard:
             readline.parse_and_bind("set enable-bracketed-paste on")
         with suppress(OSError):  # a home that cannot be read or written
             os.close(os.open(self._history, os.O_CREAT, 0o600))
-            os.chmod(self._history, 0o600)
             readline.read_history_file(self._history)
         readline.set_history_length(HISTORY_LENGTH)
 
@@ -669,6 +667,7 @@ class Keyboard:
         """Let the terminal pass on each byte. Without echo at its start, readline would show nothing."""
         modes = [*self._found]
         modes[3] &= ~(self._termios.ICANON if echo else self._termios.ICANON | self._termios.ECHO)
+        modes[3] |= self._termios.NOFLSH  # Ctrl-C must not drop what was typed before it
         self._set(modes, marks_pastes=True)
 
     def _set(self, modes: Any, marks_pastes: bool) -> None:
@@ -710,10 +709,10 @@ class Keyboard:
 
     def collect_all(self) -> None:
         """The same, up to the end of a paste that is on its way."""
-        wait = 0.0
-        while self.collect(wait):
-            is_open = self._typed.rfind(b"\x1b[200~") > self._typed.rfind(b"\x1b[201~")
-            wait = 1 if is_open else 0.05
+        is_more = True
+        while is_more:
+            is_pasting = self._typed.rfind(b"\x1b[200~") > self._typed.rfind(b"\x1b[201~")
+            is_more = self.collect(1 if is_pasting else 0.05)
 
     def read(self, prompt: str) -> str:
         """A line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
@@ -1145,7 +1144,7 @@ class Commands:
             self._client.session = Session()  # a proxy before many servers does not know which of them to ask
             say("✨ A new session begins with your next message.")
             return
-        self._client.session = Session(session["session_id"], known=True)
+        self._client.session = Session(str(session["session_id"]), known=True)
         self._client.created += 1
         say(f"✨ New session created successfully!\n   Session ID: {short(session['session_id'])}\n"
             f"   Model: {one_line(session['model'])}")
@@ -1245,7 +1244,7 @@ def open_page(url: str, name: str) -> None:
 def enter(client: Client, session_id: str) -> None:
     """Make a session of the server the current one. If a turn is running there, show it with its message."""
     session = client.api.session(session_id)
-    client.session = Session(session_id, session["message_count"], known=True)
+    client.session = Session(session_id, int(session["message_count"]), known=True)
     say(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
     turn = session["latest_turn"]
     if turn and turn["state"] == "running":
@@ -1350,6 +1349,8 @@ def interact(api: Api, session_id: str | None) -> int:
     client = Client(api, Session(session_id or ""), show_screen, keyboard)
     try:
         greet(client, session_id)
+        if session_id:
+            keyboard.collect_all()  # an answer may have been running there
         converse(client, keyboard)
         Commands(client).stats()
     except ChatError as error:

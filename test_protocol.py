@@ -6755,6 +6755,29 @@ class TestTypedDuringAnAnswer:
             assert wait_until(lambda: len(server.history(session)) == 4)
             assert server.history(session)[2] == ("user", text + "+")
 
+    def test_a_paste_that_begins_in_an_answer_and_ends_at_the_prompt_is_one_text(self, server):
+        with chatting(url_of(server), "--session", session := new_id()) as chat:
+            chat.type("word " * 60 + "\r")
+            chat.wait("You said: word")
+            chat.type("\x1b[200~one\r")
+            chat.wait("SUCCESS")
+            time.sleep(0.3)
+            chat.type("two\r/delete\r\x1b[201~")
+            chat.wait(r"two\s+/delete")
+            assert len(server.history(session)) == 2
+            chat.enter("")
+            assert server.history(session)[2] == ("user", "one\ntwo\n/delete\n")
+
+    def test_ctrl_c_drops_nothing_that_was_typed_before_it(self, server):
+        with chatting(url_of(server), "--session", session := new_id()) as chat:
+            chat.type(LONG + "\r")
+            chat.wait("You said: word")
+            chat.type("typed" + CTRL_C)
+            chat.wait("STOPPED")
+            chat.wait("typed")
+            chat.enter("")
+            assert server.history(session)[2] == ("user", "typed")
+
     def test_ctrl_c_comes_through_behind_a_long_paste(self, server):
         with chatting(url_of(server)) as chat:
             chat.type(LONG + "\r")

@@ -11,17 +11,26 @@
         if event["type"] == "chunk":
             print(event["text"], end="", flush=True)
 
-The client names the session and the turn before it sends a message, so it may send the same POST again:
+The answer to a message is a stream of lines. Each line is an event, a JSON object:
+
+    session_info    the names of the session, the turn and the model     first
+    status          how many messages came before this turn
+    chunk           the next part of the answer, numbered 1, 2, 3 …
+    ping            a sign of life after some seconds without a line
+    complete        the answer is whole and in the history               last, or
+    error           the turn failed; `retryable` tells whether to retry
+
+Only `complete` and `error` end an answer; the end of the connection means nothing. The client names the
+session and the turn before it sends a message, so it may send the same POST again:
 
     POST /sessions/{session_id}/stream ──► lines ──► complete, or an error that is not retryable
       ▲                                      │
       └──────────────── pause ◄──────────────┘  no connection, a cut, 30 s of silence,
                                                 408, 429, 502, 503, 504, a retryable error
 
-The server then sends the log of the turn from its first line. If the session_info line has the same bytes
-as before, it is the same run of the turn, and the client skips the chunks that it has. Otherwise the turn was
-run again, and the client drops the text of the earlier run. Only a terminal event ends an answer; the end of
-the connection means nothing.
+The server then sends the turn's log from its first line. If the session_info line has the same bytes as
+before, it is the same run of the turn, and the client skips the chunks that it has. Otherwise the turn was
+run again, and the client drops the text of the earlier run.
 """
 
 from __future__ import annotations
@@ -44,7 +53,7 @@ import uuid
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import client as http
 from typing import Any
@@ -53,7 +62,7 @@ from urllib.parse import quote, urlsplit
 # ---- limits ------------------------------------------------------------------------------------------------
 
 SILENCE = 30  # seconds without a byte of a stream: the server sends a ping every 15 s at the latest
-REPLY_TIME = 10  # seconds without a byte of any other answer
+REPLY_TIME = 10  # seconds without a byte of any other answer, or without a connection
 STOP_TIME = 3  # seconds in which the server must confirm a stop: a person waits
 STALL_TIME = 1  # seconds from there to the end of the stream
 RETRIES = 8  # after the first POST, and after each new chunk
@@ -63,13 +72,11 @@ MAX_LINE = 64 << 10  # bytes: a line of the protocol is shorter
 
 ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")
 URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # no user, query or fragment
-TOKEN = re.compile(r"[!-~]+")
+TOKEN = re.compile(r"[!-~]*")
 
-WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # from unchecked JSON
+WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # JSON of another shape
 
 Event = dict[str, Any]
-Wait = Callable[["ChatError", int, float], None]
-
 
 # ---- errors ------------------------------------------------------------------------------------------------
 
@@ -132,28 +139,28 @@ def seconds_of(retry_after: str) -> float:
 
 # ---- wire: bytes become lines, lines become events. It does not depend on sessions and retries. ------------
 
-USED: dict[str, dict[str, type]] = {  # the fields that must be right
-    "chunk": {"text": str, "chunk_number": int}, "error": {"message": str},
-}
+USED: dict[str, dict[str, type]] = {"chunk": {"text": str, "chunk_number": int}, "error": {"message": str}}
 
 
-def read_event(response: http.HTTPResponse) -> tuple[Event, bytes]:
-    """The next event of a stream, and its line. Raises ChatError, IncompleteRead at the end of the stream."""
+def read_line(response: http.HTTPResponse) -> bytes:
+    """The next line that is not blank. Raises IncompleteRead at the end of the stream, ChatError."""
     line = b""
-    while not line.strip():  # blank lines are allowed
+    while not line.strip():
         line = response.readline(MAX_LINE)
         if len(line) == MAX_LINE:
             raise unexpected()
         if not line.endswith(b"\n"):
             raise http.IncompleteRead(line)
+    return line
+
+
+def event_of(line: bytes) -> Event:
+    """The event in a line. Raises ChatError, KeyError or TypeError for anything else."""
     event = json_object(line)
-    kind = event.get("type")
-    if not isinstance(kind, str):
-        raise unexpected()
-    for name, wanted in USED.get(kind, {}).items():
-        if not isinstance(event.get(name), wanted):
+    for name, kind in USED.get(event["type"], {}).items():
+        if not isinstance(event[name], kind):
             raise unexpected()
-    return event, line
+    return event
 
 
 def read_body(response: http.HTTPResponse) -> bytes:
@@ -187,11 +194,13 @@ class Api:
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None) -> None:
-        """Raises ValueError unless the URL is http or https. A path is kept, for a server behind a proxy."""
+        """Raises ValueError for a bad URL or token. A path is kept, for a server behind a proxy."""
         parts = urlsplit(url)
         if not URL.fullmatch(url) or not parts.hostname or parts.port == 0:
             raise ValueError(f"{url!r} is not like http://HOST:PORT")
         parts.hostname.encode("idna")  # raises ValueError for a name that no machine can have
+        if not TOKEN.fullmatch(token or ""):
+            raise ValueError("a token is printable ASCII without spaces")
         self.url = url.rstrip("/")
         self._path = parts.path.rstrip("/")
         self._kind = http.HTTPSConnection if parts.scheme == "https" else http.HTTPConnection
@@ -205,8 +214,7 @@ class Api:
 
         A second `session_info` means that the turn was run again: drop the text that came before it.
         """
-        for event, _ in Turn(self, message, session_id, turn_id).run():
-            yield event
+        return Turn(self, message, session_id, turn_id).run()
 
     def stop(self, session_id: str, turn_id: str | None = None) -> bool:
         """Stop the running turn, or only the one that is named. Returns False if it was not running."""
@@ -248,7 +256,7 @@ class Api:
 
     def connect(self, silence: float) -> http.HTTPConnection:
         """A new connection that waits so many seconds for each byte. Raises ChatError ("unreachable")."""
-        connection = self._kind(*self._address, timeout=silence)
+        connection = self._kind(*self._address, timeout=min(silence, REPLY_TIME))
         try:
             connection.connect()
         except ssl.SSLError as error:
@@ -256,6 +264,7 @@ class Api:
         except OSError as error:
             reason = error.strerror or "no answer"
             raise ChatError(f"Server unreachable ({reason}).", "unreachable", retryable=True) from error
+        connection.sock.settimeout(silence)
         return connection
 
     @contextmanager
@@ -300,10 +309,11 @@ class Turn:
         self.session_id, self.turn_id = session_id or new_id(), turn_id or new_id()
         self.sent = False  # whether the server may know of this turn
         self.coding = "none"  # the transfer coding of the answer
+        self.line = b""  # of the last event
         self._socket: Any = None
 
-    def run(self, wait: Wait | None = None) -> Iterator[tuple[Event, bytes]]:
-        """Send the turn, again after each transient failure. Yields each event once, with its line.
+    def run(self, wait: Callable[[ChatError, int, float], None] | None = None) -> Iterator[Event]:
+        """Send the turn, again after each transient failure. Yields each event once.
 
         Ends after `complete`; any other end raises ChatError. Before each retry it calls `wait` with the
         error, the number of the retry and the seconds to wait. Without `wait` it sleeps.
@@ -312,9 +322,9 @@ class Turn:
         retries = progress = 0
         while True:
             try:
-                for event, line in self._post():
-                    if log.add(event, line):
-                        yield event, line
+                for event in self._post():
+                    if log.add(event, self.line):
+                        yield event
                     if log.chunks > progress:  # more than in any run before
                         retries, progress = 0, log.chunks
                     if event["type"] == "error":
@@ -325,15 +335,14 @@ class Turn:
             except ChatError as error:
                 if not error.retryable or retries == RETRIES:
                     raise
-                trouble = error
-            seconds = pause_before(retries, trouble.retry_after)
-            retries += 1
-            if wait:
-                wait(trouble, retries, seconds)
-            else:
-                time.sleep(seconds)
+                seconds = pause_before(retries, error.retry_after)
+                retries += 1
+                if wait:
+                    wait(error, retries, seconds)
+                else:
+                    time.sleep(seconds)
 
-    def _post(self) -> Iterator[tuple[Event, bytes]]:
+    def _post(self) -> Iterator[Event]:
         """POST the turn once. Yields what comes, without end: a cut raises ChatError."""
         connection = self.api.connect(SILENCE)
         self._socket = connection.sock
@@ -342,7 +351,8 @@ class Turn:
         with self.api.exchange(connection, "POST", path, body) as response:
             self.coding = response.headers.get("Transfer-Encoding", "none")
             while True:
-                yield read_event(response)
+                self.line = read_line(response)
+                yield event_of(self.line)
 
     def stop(self) -> bool:
         """Stop the turn. Returns False if it was not running."""
@@ -356,7 +366,7 @@ class Turn:
     def disconnect(self) -> None:
         """End the connection from another thread: this wakes the one that reads."""
         with suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # not that of TLS, which is not for threads
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # TLS has one that is not for threads
 
 
 class Log:
@@ -364,26 +374,28 @@ class Log:
 
     def __init__(self) -> None:
         self.chunks = 0  # the numbers 1 to this have come
-        self._lines: set[bytes] = set()  # session_info, status, and what later versions may add
+        self._lines: set[bytes] = set()  # all others
 
     def add(self, event: Event, line: bytes) -> bool:
         """Add an event. Returns whether it is new. Raises ChatError ("cut") if chunks are missing."""
         kind = event["type"]
+        if kind == "chunk":
+            self._check(event["chunk_number"] <= self.chunks + 1)
+            is_new = event["chunk_number"] > self.chunks
+            self.chunks += is_new
+            return is_new
         if kind == "session_info" and line not in self._lines:  # another run of the turn
             self.chunks = 0
             self._lines.clear()
-        if kind == "chunk" and event["chunk_number"] <= self.chunks:
-            return False
-        if kind == "chunk" and event["chunk_number"] > self.chunks + 1 or (
-                kind == "complete" and event.get("total_chunks", self.chunks) != self.chunks):
-            raise ChatError("A part of the answer is missing.", "cut", retryable=True)
-        if kind == "chunk":
-            self.chunks += 1
-        if kind in ("chunk", "ping", "complete", "error"):
-            return True
-        is_new = line not in self._lines
+        if kind == "complete":
+            self._check(event.get("total_chunks", self.chunks) == self.chunks)
+        is_new = kind == "ping" or line not in self._lines
         self._lines.add(line)
         return is_new
+
+    def _check(self, is_whole: bool) -> None:
+        if not is_whole:
+            raise ChatError("A part of the answer is missing.", "cut", retryable=True)
 
 
 def pause_before(retries: int, retry_after: float) -> float:
@@ -393,6 +405,7 @@ def pause_before(retries: int, retry_after: float) -> float:
 
 
 # ---- Ctrl-C: the server ends the turn, and the answer ends as it always does -------------------------------
+
 
 class StopByCtrlC:
     """While a turn runs, Ctrl-C asks the server to stop it. The server then sends the rest, and `complete`.
@@ -404,8 +417,9 @@ class StopByCtrlC:
         self.turn = turn
         self.pressed = False
         self._stopped = False  # the server has the end of the turn
+        self._pausing = False  # before a retry
         self._asked = threading.Event()  # the server has confirmed the stop, or will not
-        self._pausing = self._over = False
+        self._over = threading.Event()
 
     def __enter__(self) -> StopByCtrlC:
         self._before = signal.getsignal(signal.SIGINT)
@@ -414,7 +428,7 @@ class StopByCtrlC:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over = True
+        self._over.set()
         signal.signal(signal.SIGINT, self._before)
 
     def _press(self, *_: object) -> None:
@@ -424,17 +438,15 @@ class StopByCtrlC:
         threading.Thread(target=self._stop, daemon=True).start()
 
     def _stop(self) -> None:
-        """Ask the server to stop the turn until it has: a stop that arrives before its POST has no effect."""
+        """Ask the server until it has stopped the turn: a stop that arrives before its POST has no effect."""
         deadline = time.monotonic() + STOP_TIME
-        while not self._stopped and not self._over and time.monotonic() < deadline:
+        while not self._stopped and not self._over.wait(0.1) and time.monotonic() < deadline:
             with suppress(ChatError, *WRONG_SHAPE):
                 self._stopped = self.turn.stop() or self._pausing and self.turn.is_in_history()
             if self._pausing:
                 break
-            time.sleep(0.1)
         self._asked.set()
-        time.sleep(STALL_TIME)
-        if not self._over:
+        if not self._over.wait(STALL_TIME):
             self.turn.disconnect()
 
     def pause(self, seconds: float) -> None:
@@ -442,7 +454,7 @@ class StopByCtrlC:
 
         Raises KeyboardInterrupt if the retry could start a turn that the user has stopped.
         """
-        if self._stopped:  # which a retry has followed at once
+        if self._stopped:  # a retry has followed at once
             time.sleep(seconds)
             return
         self._pausing = True
@@ -459,6 +471,7 @@ class StopByCtrlC:
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but newline and tab, DEL, C1
 CJK = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U00020000-\U0003fffd"
 PARTS = re.compile(rf"\n|[^\S\n]|[{CJK}]|[^\s{CJK}]+")  # newlines, spaces, CJK characters, words
+BOX_WIDTH, ID_WIDTH = 62, 8  # columns, as wide as they may be
 
 
 def escape(text: object) -> str:
@@ -481,7 +494,7 @@ def columns(text: str) -> int:
 
 
 def terminal_width() -> int:
-    """Asked from the terminal itself: an exported COLUMNS may be wrong."""
+    """Columns of the terminal, asked from itself: an exported COLUMNS may be wrong."""
     with suppress(OSError):
         return max(20, os.get_terminal_size(sys.stdout.fileno()).columns or 80)
     return 80
@@ -491,7 +504,8 @@ class Page:
     """A text that grows on the screen, with line breaks between words, and between CJK characters."""
 
     def __init__(self, width: int) -> None:
-        self.width, self.column = width, 0
+        self.width = width
+        self.column = 0  # where the next part begins
         self._word = ""  # the word at the end of the text, as long as it may grow
 
     def add(self, text: str) -> str:
@@ -521,12 +535,10 @@ class Page:
         return begin + part
 
 
-def fill(text: str) -> str:
-    """The text in lines that fit the terminal. A curl command stays on one line, so that it can be copied."""
-    text, curl, command = text.partition("curl ")
-    page = Page(terminal_width() - 1)
-    filled = page.add(text) + page.end()
-    return f"{filled}\n{escape(curl + command)}" if curl else filled
+def wrap(text: str, width: int) -> str:
+    """The whole text in lines of so many columns."""
+    page = Page(width)
+    return page.add(text) + page.end()
 
 
 def fit(text: str, width: int) -> str:
@@ -538,36 +550,31 @@ def fit(text: str, width: int) -> str:
     return text + " " * (width - columns(text))
 
 
-def box(title: str, rows: dict[str, Any] | list[str]) -> str:
-    """A box of lines with a title in its upper edge."""
-    width = min(62, terminal_width() - 2)
-    lines = rows if isinstance(rows, list) else [f"{name}: {value}" for name, value in rows.items()]
-    head = f"─ {title} "
-    if columns(head) > width:
-        head = fit(head, width)
-    drawn = [f"┌{head}{'─' * (width - columns(head))}┐"]
-    for line in lines:
-        page = Page(width - 2)
-        for part in (page.add(one_line(line[:1000])) + page.end()).split("\n"):
-            drawn.append(f"│ {fit(part, width - 1)}│")
-    return "\n".join([*drawn, f"└{'─' * width}┘"])
+def show_box(title: str, rows: dict[str, Any] | list[str], colour: str = "") -> None:
+    """Lines for a person, with a title in the upper edge."""
+    width = min(BOX_WIDTH, terminal_width() - 2)
+    head = fit(f"─ {title} ", min(columns(title) + 3, width))
+    print("\n" + paint(colour, f"┌{head}{'─' * (width - columns(head))}┐"))
+    for row in rows if isinstance(rows, list) else [f"{name}: {value}" for name, value in rows.items()]:
+        for line in wrap(one_line(row)[:1000], width - 2).split("\n"):
+            print(paint(colour, f"│ {fit(line, width - 1)}│"))
+    print(paint(colour, f"└{'─' * width}┘"), flush=True)
 
 
-def rule() -> str:
+def show_rule() -> None:
     """The line above and below an answer."""
-    return "─" * min(60, terminal_width() - 1)
+    say("─" * min(BOX_WIDTH - 2, terminal_width() - 1), "36")
 
 
 def short(session_id: object) -> str:
     """A session's id as the prompt and the boxes show it."""
     text = one_line(session_id)
-    return text if len(text) <= 11 else text[:8] + "..."
+    return text if len(text) <= ID_WIDTH + 3 else text[:ID_WIDTH] + "..."
 
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, as 1:23:45."""
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+    return str(timedelta(seconds=int(seconds)))
 
 
 def time_of_day(timestamp: str) -> str:
@@ -580,18 +587,19 @@ def time_of_day(timestamp: str) -> str:
 def paint(colour: str, text: str) -> str:
     """The text in a colour (ECMA-48, section 8.3.117), where standard output is a terminal that shows it."""
     plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
+    return text if plain or not colour else f"\x1b[{colour}m{text}\x1b[0m"
 
 
 def write(text: str) -> None:
     """To standard output, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(text, end="", flush=True)
 
 
-def say(text: str, colour: str = "0") -> None:
-    """Lines for a person, in standard output."""
-    write(paint(colour, fill(text)) + "\n")
+def say(text: str, colour: str = "") -> None:
+    """Lines for a person. A curl command has a line of its own, however long, so that it can be copied."""
+    sentence, *commands = re.split("(?=curl (?:-|http))", text, maxsplit=1)
+    lines = [wrap(sentence, terminal_width() - 1), *map(escape, commands)]
+    write(paint(colour, "\n".join(lines)) + "\n")
 
 
 def complain(text: str) -> None:
@@ -611,23 +619,27 @@ def abandon(stream: Any) -> None:
 
 HISTORY = "~/.streamchat_history"
 HISTORY_LENGTH = 1000  # lines
+PASTE_TIME = 5  # seconds without a byte after which a paste counts as ended, though its end mark is missing
+KEY_TIME = 0.05  # seconds without a byte after which nothing more is on its way
 PASTE = re.compile(rb"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", re.DOTALL)  # as terminals mark it
+ACTS = re.compile(rb"\x1b\[(20[01])~|[\x03\x1a\x1c]")  # the marks of a paste; Ctrl-C, Ctrl-Z and Ctrl-\
 KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)  # an arrow, say
 NOT_FATAL = {"SIGCHLD", "SIGCONT", "SIGINFO", "SIGIO", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU",
-             "SIGURG", "SIGWINCH", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}  # or out of a program's hands
+             "SIGURG", "SIGWINCH", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}  # or Python cannot handle them
 
 
 class Keyboard:
     """Lines with editing, history and completion, where Python has readline.
 
-    Between two prompts the terminal does not show what is typed, and does not split it into lines, of which
-    it would cut each after 4,095 bytes. Nothing that is typed then is sent or run by itself: it is put at the
+    Between two prompts, a thread keeps what is typed. None of it is sent or run by itself: it is put at the
     next prompt, as one text. Without readline (on Windows) there is only input().
     """
 
     def __init__(self) -> None:
-        self._prompt = ""  # which is on the screen
+        self._prompt = ""  # on the screen
         self._typed = bytearray()  # since the last prompt
+        self._listener: threading.Thread | None = None
+        self._over = threading.Event()  # the listener must end
         self._history = os.path.expanduser(HISTORY)  # which does not raise if there is no home
         self._readline: Any = None
         with suppress(ImportError):  # imported only here, since for some terminals it prints at once
@@ -643,9 +655,9 @@ class Keyboard:
         readline.set_auto_history(False)
         readline.set_completer(self._complete)
         readline.set_completer_delims(" ")
-        is_gnu = "libedit" not in readline.__doc__
-        readline.parse_and_bind("tab: complete" if is_gnu else "bind ^I rl_complete")
-        self._marks_pastes = is_gnu and os.environ.get("TERM") != "dumb"
+        self._is_gnu = "libedit" not in readline.__doc__
+        readline.parse_and_bind("tab: complete" if self._is_gnu else "bind ^I rl_complete")
+        self._marks_pastes = self._is_gnu and os.environ.get("TERM") != "dumb"
         if self._marks_pastes:
             readline.parse_and_bind("set enable-bracketed-paste on")
         with suppress(OSError):  # a home that cannot be read or written
@@ -655,20 +667,16 @@ class Keyboard:
 
     def _set_up_terminal(self) -> None:
         """Whatever ends the program leaves the terminal as it was found."""
-        self._found = self._termios.tcgetattr(sys.stdin)
+        termios = self._termios
+        self._found = termios.tcgetattr(sys.stdin)
+        self._open, self._silent = [*self._found], [*self._found]  # at a prompt, and between two
+        self._open[3] &= ~termios.ICANON  # in which the terminal would drop all but 4,095 bytes of a line
+        self._silent[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
         for number in signal.valid_signals():
             if signal.getsignal(number) is signal.SIG_DFL and getattr(number, "name", "") not in NOT_FATAL:
                 signal.signal(number, self._end)
         if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             signal.signal(signal.SIGTSTP, self._suspend)
-        self._hold(echo=False)
-
-    def _hold(self, echo: bool) -> None:
-        """Let the terminal pass on each byte. Without echo at its start, readline would show nothing."""
-        modes = [*self._found]
-        modes[3] &= ~(self._termios.ICANON if echo else self._termios.ICANON | self._termios.ECHO)
-        modes[3] |= self._termios.NOFLSH  # Ctrl-C must not drop what was typed before it
-        self._set(modes, marks_pastes=True)
 
     def _set(self, modes: Any, marks_pastes: bool) -> None:
         with suppress(OSError, self._termios.error):  # the terminal was closed
@@ -697,38 +705,58 @@ class Keyboard:
         if self._prompt:
             write(self._prompt + self._readline.get_line_buffer())
 
-    def collect(self, wait: float = 0) -> bool:
-        """Take what was typed out of the terminal's small buffer, behind which a Ctrl-C would wait."""
-        before = len(self._typed)
-        while self._readline and select.select([sys.stdin], [], [], wait)[0]:
-            data = os.read(sys.stdin.fileno(), 65_536)
-            if not data:
-                break
-            self._typed += data
-        return len(self._typed) > before
+    def listen(self) -> None:
+        """Keep what is typed, until the next prompt."""
+        if self._readline:
+            self._set(self._silent, marks_pastes=True)
+            self._over.clear()
+            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._listener.start()
 
-    def collect_all(self) -> None:
-        """The same, up to the end of a paste that is on its way."""
-        is_more = True
-        while is_more:
-            is_pasting = self._typed.rfind(b"\x1b[200~") > self._typed.rfind(b"\x1b[201~")
-            is_more = self.collect(1 if is_pasting else 0.05)
+    def _listen(self) -> None:
+        """Ctrl-C, Ctrl-Z and Ctrl-\\ act as always, but not in a paste."""
+        main_thread = threading.main_thread().ident or 0
+        is_paste, seen, quiet = False, 0, 0.0
+        while not self._over.is_set() or quiet < (PASTE_TIME if is_paste else KEY_TIME):
+            quiet += KEY_TIME
+            if not select.select([sys.stdin], [], [], KEY_TIME)[0]:
+                continue
+            data = os.read(sys.stdin.fileno(), 65_536)
+            if not data:  # the terminal was closed
+                return
+            self._typed += data
+            quiet = 0
+            for match in ACTS.finditer(self._typed, seen):
+                seen = match.end()
+                if match[1]:
+                    is_paste = match[1] == b"200"
+                elif not is_paste:
+                    act = {b"\x03": signal.SIGINT, b"\x1a": signal.SIGTSTP, b"\x1c": signal.SIGQUIT}[match[0]]
+                    signal.pthread_kill(main_thread, act)
+            seen = max(seen, len(self._typed) - 5)  # a mark of six bytes may have come in part
+
+    def _stop_listening(self) -> None:
+        """Wait until nothing is on its way any more, and let readline have the rest."""
+        if self._listener:
+            self._over.set()
+            self._listener.join()
+            self._listener = None
+            self._set(self._open, marks_pastes=True)
 
     def read(self, prompt: str) -> str:
         """A line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
         prompt = paint("1;36", prompt)
         if not self._readline:
             return input(prompt)
+        self._stop_listening()
         held = in_any_locale(held_text(bytes(self._typed)))
         self._typed.clear()
         self._readline.set_startup_hook(lambda: self._readline.insert_text(held))
         self._prompt = prompt
-        self._hold(echo=True)
         try:
             return input(re.sub(r"\x1b\[[0-9;]*m", "\x01\\g<0>\x02", prompt))  # readline: these have no width
         finally:
             self._prompt = ""
-            self._hold(echo=False)
 
     def read_message(self, prompt: str) -> str:
         """A line, or several between three quotes at the start of a line and at the end of one."""
@@ -746,12 +774,15 @@ class Keyboard:
 
     def _remember(self, text: str) -> None:
         self._readline.add_history(text)
-        with suppress(OSError, AttributeError):  # a full disk, or libedit
-            self._readline.append_history_file(1, self._history)
+        with suppress(OSError):  # a full disk
+            if self._is_gnu:
+                self._readline.append_history_file(1, self._history)
+            else:  # libedit cannot append
+                self._readline.write_history_file(self._history)
 
-    def is_empty(self) -> bool:
-        """Whether there was nothing in the line that Ctrl-C has ended."""
-        return not self._readline or not self._readline.get_line_buffer()
+    def line(self) -> str:
+        """What was in the line that Ctrl-C has ended."""
+        return self._readline.get_line_buffer() if self._readline else ""
 
     def _complete(self, text: str, state: int) -> str | None:
         names = [name for name in COMMANDS if name.startswith(text) and self._readline.get_begidx() == 0]
@@ -794,28 +825,36 @@ class Session:
 class Answer:
     """What has come of a turn. `show` is the function that prints its events: show_json, _text or _screen."""
 
-    def __init__(self, turn: Turn, session: Session, show: Callable[[Answer, Event, bytes], None]) -> None:
+    def __init__(self, turn: Turn, session: Session, show: Callable[[Answer, Event], None]) -> None:
         self.turn, self.session, self.show = turn, session, show
         self.model: Any = "?"
         self.chunks = self.received = 0  # of this run; of all runs
-        self.retries = self.created = 0  # how often it was sent again; how often that made the session
+        self.retries = 0
+        self.created = 0  # how often the turn made its session
         self.recovering = False  # between a cut and the next event
         self.finish_reason = ""  # of the `complete` event
         self.error: ChatError | None = None
         self.interrupted = False  # by Ctrl-C
         self.started = self.ended = time.monotonic()
         self.page = Page(terminal_width() - 1)
-        self.last = ""  # the last character of the text on the current line
-        self.opened = False  # whether the head of the answer is on the screen
+        self.opened = False  # whether the head of the text is on the screen
+        self.last = ""  # character
 
-    def status(self) -> str:
-        """SUCCESS, STOPPED or FAILED."""
-        if self.error:
-            return "FAILED"
-        return "STOPPED" if self.finish_reason in ("", "cancelled") else "SUCCESS"
+    def follow(self, ctrl_c: StopByCtrlC) -> None:
+        """Send the turn, and show what comes. Raises ChatError, KeyboardInterrupt."""
+        def wait(error: ChatError, retry: int, seconds: float) -> None:
+            show_cut(self, error, retry, seconds)
+            self.recovering = True
+            self.retries += 1
+            ctrl_c.pause(seconds)
 
-    def take(self, event: Event, line: bytes) -> None:
-        """Note what an event says, and show it."""
+        for event in self.turn.run(wait):
+            self._take(event)
+            self.show(self, event)
+            self.recovering = False
+
+    def _take(self, event: Event) -> None:
+        """Note what an event says."""
         kind = event["type"]
         if kind == "session_info":
             self.session.known = True
@@ -829,8 +868,6 @@ class Answer:
         elif kind == "complete":
             self.finish_reason = str(event.get("finish_reason", "stop"))
             self._compare(event.get("message_count"))
-        self.show(self, event, line)
-        self.recovering = False
 
     def _compare(self, messages: Any) -> None:
         """Compare the server's number of messages with the expected one."""
@@ -840,9 +877,26 @@ class Answer:
         if messages < expected:
             note(self, f"⚠ The earlier messages are gone: the server has {messages} of {expected}.")
 
+    def status(self) -> str:
+        """SUCCESS, STOPPED or FAILED."""
+        if self.error:
+            return "FAILED"
+        return "STOPPED" if self.finish_reason in ("", "cancelled") else "SUCCESS"
 
-def show_json(answer: Answer, event: Event, line: bytes) -> None:
+    def may_be_retried(self) -> bool:
+        """Whether the same message may get an answer when it is sent again."""
+        if self.error:
+            return self.error.retryable or self.error.code in RETRIED_BY_HAND
+        return not self.finish_reason
+
+
+RETRIED_BY_HAND = {"session_busy", "session_cleared", "session_deleted"}
+COLOURS = {"SUCCESS": "32", "STOPPED": "33", "FAILED": "31"}
+
+
+def show_json(answer: Answer, event: Event) -> None:
     """The lines of the stream as they came."""
+    line = answer.turn.line
     if sys.stdout.isatty():
         write(escape(line.decode(errors="replace")))
     else:
@@ -850,7 +904,7 @@ def show_json(answer: Answer, event: Event, line: bytes) -> None:
         sys.stdout.buffer.flush()
 
 
-def show_text(answer: Answer, event: Event, line: bytes) -> None:
+def show_text(answer: Answer, event: Event) -> None:
     """The bare text as it came; at a terminal with escapes for control characters."""
     if event["type"] == "session_info" and answer.received:
         note(answer, "🔄 The turn was run again. This is its answer from the start.")
@@ -860,78 +914,67 @@ def show_text(answer: Answer, event: Event, line: bytes) -> None:
         write(escape(event["text"]) if sys.stdout.isatty() else event["text"])
 
 
-def show_screen(answer: Answer, event: Event, line: bytes) -> None:
-    """The text between two rules, with a head above it."""
-    if answer.recovering:
-        is_new_run = event["type"] == "session_info" and answer.received
-        write(" The turn was run again:\n" if is_new_run else "\n")
-        answer.recovering = False
+def show_screen(answer: Answer, event: Event) -> None:
+    """The text between two rules, with a head above it. Another run begins with another head."""
     if event["type"] == "session_info":
         answer.opened = False
     elif event["type"] == "status":
-        say(f"💭 Generating response... (Context: {answer.session.messages} messages)", "2")
+        again = " again" if answer.received else ""
+        note(answer, f"💭 Generating response{again}... (Context: {answer.session.messages} messages)", "2")
     elif event["type"] == "chunk" and event["text"]:
         if not answer.opened:
             answer.opened = True
             place = f"{short(answer.turn.session_id)} - {one_line(answer.model)}"
-            say(f"\n🤖 AI Response (HTTP Streaming) ({place})\n{rule()}", "36")
-        answer.last = event["text"][-1]
+            say(f"\n🤖 AI Response (HTTP Streaming) ({place})", "36")
+            show_rule()
         write(answer.page.add(event["text"]))
 
 
-def note(answer: Answer, sentence: str) -> None:
+def note(answer: Answer, sentence: str, colour: str = "33") -> None:
     """A sentence beside the answer: on a line of its own, or in standard error."""
     if answer.show is show_screen:
         end_line(answer)
-        say(sentence, "31" if answer.error else "33")
+        say(sentence, colour)
     else:
         complain(sentence)
 
 
 def end_line(answer: Answer) -> None:
     """What follows on the screen begins on a new line."""
-    write(answer.page.end())
-    if answer.last not in ("", "\n") or answer.recovering:
-        write("\n")
-    answer.last, answer.recovering = "", False
-    answer.page = Page(answer.page.width)
+    write(answer.page.end() + ("\n" if answer.page.column else ""))
+    answer.page.column = 0
 
 
 def show_cut(answer: Answer, error: ChatError, retry: int, seconds: float) -> None:
-    """Tell of every cut in a script, and of each recovery on the screen: the next event ends its line."""
+    """Tell of every cut in a script, and of each recovery on the screen."""
     if answer.show is not show_screen:
         complain(f"🔄 {explain(error)} Retrying in {seconds:.1f} s ({retry} of {RETRIES}).")
     elif not answer.recovering:
-        end_line(answer)
-        write(paint("33", fill(f"🔄 {explain(error)} Retrying…")))
+        note(answer, f"🔄 {explain(error)} Retrying…")
 
 
 def show_end(answer: Answer) -> None:
-    """Show how it ended."""
+    """Show how it ended: the rule below the text, a box with the numbers, and a sentence where it helps."""
     if answer.show is show_screen:
-        show_box(answer)
+        show_numbers(answer)
     elif answer.show is show_text and answer.last != "\n" and (answer.last or answer.finish_reason):
         write("\n")
-    if answer.error:
-        note(answer, f"❌ {explain(answer.error)}")
-    elif not answer.turn.sent:
-        note(answer, "⚠ Your message was not sent.")
-    elif not answer.finish_reason:
-        note(answer, "⚠ The server has not confirmed the stop. It is asked again before your next message.")
-    elif answer.finish_reason == "cancelled" and not answer.interrupted:
-        note(answer, "⚠ The answer was stopped.")
-    elif answer.finish_reason not in ("stop", "cancelled"):
-        note(answer, f"⚠ The model ended the answer early ({answer.finish_reason}).")
-    if answer.show is show_screen and may_be_retried(answer):
+    sentence = last_words(answer)
+    if sentence:
+        note(answer, sentence, "31" if answer.error else "33")
+    if answer.show is show_screen and answer.may_be_retried():
         say("   /retry sends your message again.")
 
 
-def show_box(answer: Answer) -> None:
-    """The rule below the text, and a box with the numbers."""
+def show_numbers(answer: Answer) -> None:
+    """The rule and the box, for an answer that was begun."""
     end_line(answer)
     if answer.opened:
-        say(rule(), "36")
+        show_rule()
+    if not answer.turn.sent and not answer.error:
+        return
     status, now = answer.status(), datetime.now().strftime("%H:%M:%S.%f")[:-3]
+    title = status.replace("SUCCESS", "COMPLETED")
     rows: dict[str, Any] = {
         "Total Chunks": answer.chunks,
         "Total Time": f"{answer.ended - answer.started:.3f}s",
@@ -941,18 +984,23 @@ def show_box(answer: Answer) -> None:
     }
     if answer.retries:
         rows["Retries"] = answer.retries
-    title = "COMPLETED" if status == "SUCCESS" else status
-    colour = {"SUCCESS": "32", "STOPPED": "33", "FAILED": "31"}[status]
-    if answer.turn.sent or answer.error:
-        write("\n" + paint(colour, box(f"📡 HTTP STREAM {title} [{now}]", rows)) + "\n")
+    show_box(f"📡 HTTP STREAM {title} [{now}]", rows, COLOURS[status])
 
 
-def may_be_retried(answer: Answer) -> bool:
-    """Whether the same message may get an answer when it is sent again."""
+def last_words(answer: Answer) -> str:
+    """What a person must know about the end of an answer, or nothing."""
+    reason = answer.finish_reason
     if answer.error:
-        codes = ("session_busy", "session_cleared", "session_deleted")
-        return answer.error.retryable or answer.error.code in codes
-    return not answer.finish_reason
+        return f"❌ {explain(answer.error)}"
+    if not answer.turn.sent:
+        return "⚠ Your message was not sent."
+    if not reason:
+        return "⚠ The server has not confirmed the stop. It is asked again before your next message."
+    if reason == "stop" or reason == "cancelled" and answer.interrupted:
+        return ""
+    if reason == "cancelled":
+        return "⚠ The answer was stopped."
+    return f"⚠ The model ended the answer early ({reason})."
 
 
 def explain(error: ChatError) -> str:
@@ -964,42 +1012,43 @@ def explain(error: ChatError) -> str:
     return str(error)[:1000]
 
 
-# ---- client: the session, and what was done in it ----------------------------------------------------------
+# ---- client: the session, what was done in it, and the commands --------------------------------------------
+
+
+class Quit(Exception):
+    """The user leaves."""
 
 
 class Client:
-    """One user's chat with one server, and its statistics since it was started."""
+    """One user's chat with one server. Each method `do_…` is a command: /help prints its docstring."""
 
-    def __init__(self, api: Api, session: Session, show: Callable[[Answer, Event, bytes], None],
-                 keyboard: Keyboard | None = None) -> None:
-        self.api, self.session, self.show, self.keyboard = api, session, show, keyboard
-        self.unanswered: Turn | None = None  # the last turn, if there is no whole answer to it
-        self.unstopped: Turn | None = None  # a turn that was given up, and may run on
+    def __init__(self, api: Api, session: Session, show: Callable[[Answer, Event], None]) -> None:
+        self.api, self.session, self.show = api, session, show
+        self.answers: list[Answer] = []  # to this client's messages
+        self.last: Answer | None = None
         self.listed: list[str] = []  # session ids, in the order in which the user saw them last
         self.started = time.monotonic()
-        self.sent = self.created = 0  # messages; sessions
-        self.successful: list[Answer] = []  # stopped ones, too, if the server said so
-        self.failed = self.chunks = 0
+        self.created = 0  # sessions, by /new
 
     def send(self, message: str) -> Answer:
         """Send a message in the current session."""
-        self.sent += 1
-        return self.send_turn(Turn(self.api, message, self.session.session_id))
+        return self._send(Turn(self.api, message, self.session.session_id))
 
-    def send_turn(self, turn: Turn) -> Answer:
-        """Send a turn of this client's, perhaps again."""
+    def _send(self, turn: Turn) -> Answer:
         answer = self.run(turn)
-        self.created += answer.created
+        self.answers.append(answer)
         return answer
 
     def run(self, turn: Turn) -> Answer:
         """Send a turn, and show its answer up to its end, however it ends."""
-        self.unanswered = turn
-        answer = Answer(turn, self.session, self.show)
+        before, answer = self.last, Answer(turn, self.session, self.show)
+        self.last = answer
         with StopByCtrlC(turn) as ctrl_c:
             try:
-                self._stop_other(turn)
-                self._follow(answer, ctrl_c)
+                if before and before.status() == "STOPPED" and before.turn.turn_id != turn.turn_id:
+                    with suppress(ChatError):  # the server may not have heard of the stop
+                        before.turn.stop()
+                answer.follow(ctrl_c)
             except ChatError as error:
                 answer.error = error
             except KeyboardInterrupt:
@@ -1011,148 +1060,105 @@ class Client:
                 raise
             answer.interrupted = ctrl_c.pressed
             answer.ended = time.monotonic()
-            self._conclude(answer)
             show_end(answer)
-        return answer
-
-    def _stop_other(self, turn: Turn) -> None:
-        """Stop the turn that was given up: it may run on. The same turn is not stopped, but sent again."""
-        if self.unstopped and self.unstopped.turn_id != turn.turn_id:
-            with suppress(ChatError):
-                self.unstopped.stop()
-        self.unstopped = None
-
-    def _follow(self, answer: Answer, ctrl_c: StopByCtrlC) -> None:
-        def wait(error: ChatError, retry: int, seconds: float) -> None:
-            show_cut(answer, error, retry, seconds)
-            answer.recovering = True
-            answer.retries += 1
-            ctrl_c.pause(seconds)
-
-        for event, line in answer.turn.run(wait):
-            answer.take(event, line)
-            if self.keyboard:
-                self.keyboard.collect()
-
-    def _conclude(self, answer: Answer) -> None:
-        """Note what the end of a turn means for the client."""
-        self.chunks += answer.received
-        if answer.finish_reason:
-            self.successful.append(answer)
-            self.unanswered = None
-            return
-        self.failed += 1
         code = answer.error.code if answer.error else ""
         if code == "session_deleted":
             self.session = Session()
         elif code == "session_cleared":
             self.session.messages = 0
-        elif not answer.error and answer.turn.sent:
-            self.unstopped = answer.turn
+        return answer
 
+    def enter(self, session_id: str) -> None:
+        """Make a session of the server the current one. If a turn is running there, show it."""
+        session = self.api.session(session_id)
+        self.session = Session(session_id, int(session["message_count"]), known=True)
+        say(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
+        turn = session["latest_turn"]
+        if turn and turn["state"] == "running":
+            say(f"   An answer is running there.\n\n{self.prompt()}{turn['message']}")
+            self.run(Turn(self.api, turn["message"], session_id, turn["turn_id"]))
 
-# ---- commands: each method is one, and its docstring is what /help prints ----------------------------------
+    def prompt(self) -> str:
+        """What stands before the user's line."""
+        return f"You [{short(self.session.session_id)}] › " if self.session.known else "You › "
 
-
-class Quit(Exception):
-    """The user leaves."""
-
-
-class Commands:
-    def __init__(self, client: Client) -> None:
-        self._client, self._api = client, client.api
-
-    def help(self) -> None:
+    def do_help(self) -> None:
         """Show all commands"""
-        rows = [f"{name:13} {getattr(Commands, name[1:]).__doc__}" for name in COMMANDS]
-        print("\n" + box("📡 COMMANDS", [
+        rows = [f"{name:13} {getattr(Client, 'do_' + name[1:]).__doc__}" for name in COMMANDS]
+        show_box("📡 COMMANDS", [
             *[row.replace("/switch     ", "/switch N|ID", 1) for row in rows],
             "//text        Send a message that begins with a slash",
             '"""           Begin, and end, a message of many lines',
             "Ctrl-C        Stop the answer; twice at the prompt: leave",
             f"Arrow up      Earlier lines (in {HISTORY})",
-        ]))
+        ])
 
-    def stats(self) -> None:
+    def do_stats(self) -> None:
         """Show client streaming statistics"""
-        client, session, whole = self._client, self._client.session, self._client.successful
-        print("\n" + box("📊 CLIENT SESSION STATISTICS", {
-            "Client Session Duration": duration(time.monotonic() - client.started),
-            "Messages Sent": client.sent,
+        whole = [answer for answer in self.answers if answer.finish_reason]
+        show_box("📊 CLIENT SESSION STATISTICS", {
+            "Client Session Duration": duration(time.monotonic() - self.started),
+            "Messages Sent": len({answer.turn.turn_id for answer in self.answers}),
             "Successful Streams": len(whole),
             "Recovered Streams": sum(answer.retries > 0 for answer in whole),
-            "Failed Streams": client.failed,
-            "Total Chunks Received": client.chunks,
+            "Failed Streams": len(self.answers) - len(whole),
+            "Total Chunks Received": sum(answer.received for answer in self.answers),
             "Avg Chunks per Stream": mean([answer.chunks for answer in whole], ".1f"),
-            "Sessions Created": client.created,
+            "Sessions Created": self.created + sum(answer.created for answer in self.answers),
             "Avg Response Time": mean([answer.ended - answer.started for answer in whole], ".3f", "s"),
-            "Current Session": short(session.session_id) if session.known else "-",
-            "Session Messages": session.messages,
-        }))
+            "Current Session": short(self.session.session_id) if self.session.known else "-",
+            "Session Messages": self.session.messages,
+        })
 
-    def server(self) -> None:
+    def do_server(self) -> None:
         """Display server and streaming statistics"""
-        stats = self._api.stats()
-        print("\n" + box("📡 HTTP STREAMING SERVER STATISTICS", {
-            "Server Uptime": duration(stats["uptime_seconds"]),
-            "Total Requests": stats["total_requests"],
-            "Successful": stats["successful_requests"],
-            "Failed": stats["failed_requests"],
-            "Active Sessions": stats["active_sessions"],
-            "Active Streams": stats["streaming_connections"],
-            "Total Sessions Created": stats["total_sessions_created"],
-            "Avg Response Time": f"{stats['average_response_time']:.3f}s",
-            "Model": stats["model"],
-            "Framework": stats["framework"],
-        }))
+        show_report("📡 HTTP STREAMING SERVER STATISTICS", self.api.stats())
 
-    def health(self) -> None:
+    def do_health(self) -> None:
         """Check server health and active streams"""
-        health = self._api.health()
-        print("\n" + box("💚 SERVER HEALTH", {
-            "Status": health["status"],
-            "Model": health["model"],
-            "Server Uptime": duration(health["uptime_seconds"]),
-            "Total Requests": health["total_requests"],
-            "Active Sessions": health["active_sessions"],
-            "Active Streams": health["streaming_connections"],
-        }))
+        show_report("💚 SERVER HEALTH", self.api.health())
 
-    def docs(self) -> None:
+    def do_docs(self) -> None:
         """Open API documentation in browser"""
-        open_page(self._api.url + "/docs", "API documentation")
+        self._open_page("/docs", "API documentation")
 
-    def demo(self) -> None:
+    def do_demo(self) -> None:
         """Open interactive HTTP streaming demo page"""
-        open_page(self._api.url + "/demo", "HTTP streaming demo page")
+        self._open_page("/demo", "HTTP streaming demo page")
 
-    def clear(self) -> None:
+    def _open_page(self, path: str, name: str) -> None:
+        """The URL is shown for where there is no browser."""
+        say(f"📡 Opening {name} in your browser...\n   URL: {self.api.url}{path}")
+        if not webbrowser.open(self.api.url + path):
+            say("   There is no browser here: open the URL yourself.")
+
+    def do_clear(self) -> None:
         """Clear screen"""
         write("\x1b[2J\x1b[3J\x1b[H")  # the screen, what was scrolled off it, and home
 
-    def quit(self) -> None:
+    def do_quit(self) -> None:
         """Exit client"""
         raise Quit
 
-    def new(self) -> None:
+    def do_new(self) -> None:
         """Create a new streaming chat session"""
         try:
-            session = self._api.new_session()
+            session = self.api.new_session()
         except ChatError as error:
             if error.status != 404:
                 raise
-            self._client.session = Session()  # a proxy before many servers does not know which of them to ask
+            self.session = Session()  # a proxy before many servers does not know which of them to ask
             say("✨ A new session begins with your next message.")
             return
-        self._client.session = Session(str(session["session_id"]), known=True)
-        self._client.created += 1
+        self.session = Session(str(session["session_id"]), known=True)
+        self.created += 1
         say(f"✨ New session created successfully!\n   Session ID: {short(session['session_id'])}\n"
-            f"   Model: {one_line(session['model'])}")
+            f"   Model: {session['model']}")
 
-    def info(self) -> None:
+    def do_info(self) -> None:
         """Show current session details"""
-        session = self._api.session(self._current().session_id)
-        print("\n" + box("📋 SESSION INFO", {
+        session = self.api.session(self._current())
+        show_box("📋 SESSION INFO", {
             "Session ID": short(session["session_id"]),
             "Model": session["model"],
             "Total Messages": session["message_count"],
@@ -1160,73 +1166,75 @@ class Commands:
             "AI Messages": session["model_messages"],
             "Duration": duration(session["session_duration_seconds"]),
             "Created": time_of_day(session["created_at"]),
-        }))
+        })
         say(f"To come back later: --session {one_line(session['session_id'])}")
 
-    def sessions(self) -> None:
+    def do_sessions(self) -> None:
         """List all active sessions on server"""
         rows = []
-        sessions = self._api.sessions()
-        self._client.listed = [session["session_id"] for session in sessions]
+        sessions = self.api.sessions()
+        self.listed = [session["session_id"] for session in sessions]
         for number, session in enumerate(sessions, 1):
             age, created = duration(session["duration_minutes"] * 60), time_of_day(session["created_at"])
-            mark = " ← CURRENT" if session["session_id"] == self._client.session.session_id else ""
+            mark = " ← CURRENT" if session["session_id"] == self.session.session_id else ""
             name, count = short(session["session_id"]), session["message_count"]
             rows.append(f"{number}. {name} ({count} msgs, {age}, {created}){mark}")
-        print("\n" + box(f"📋 ALL ACTIVE SESSIONS ({len(sessions)})", rows))
+        show_box(f"📋 ALL ACTIVE SESSIONS ({len(sessions)})", rows)
 
-    def switch(self, argument: str) -> None:
+    def do_switch(self, argument: str) -> None:
         """Go to session N of /sessions, or to ID"""
-        ids = [session["session_id"] for session in self._api.sessions()]
-        numbers = {str(number): session_id for number, session_id in enumerate(self._client.listed or ids, 1)}
-        start = argument.removesuffix("...")  # as boxes and the prompt shorten it
+        ids = [session["session_id"] for session in self.api.sessions()]
+        listed = self.listed or ids
+        start = argument.removesuffix("...")  # as the boxes and the prompt shorten it
         found = [session_id for session_id in ids if session_id.startswith(start)]
-        if argument in numbers:
-            found = [numbers[argument]]
-        if len(found) > 1 and argument not in found:
+        if argument.isdecimal() and 0 < int(argument) <= len(listed):
+            self.enter(listed[int(argument) - 1])
+        elif argument in ids or not found:  # a proxy does not list all
+            self.enter(argument)
+        elif len(found) == 1:
+            self.enter(found[0])
+        else:
             raise ChatError(f"Several sessions begin with {start}. /sessions lists them.")
-        enter(self._client, found[0] if len(found) == 1 else argument)  # a proxy lists not all
 
-    def reset(self) -> None:
+    def do_reset(self) -> None:
         """Clear current session history"""
-        self._api.clear(self._current().session_id)
-        self._client.session.messages = 0
+        self.api.clear(self._current())
+        self.session.messages = 0
         say("🧹 The history of the session is cleared.")
 
-    def delete(self) -> None:
+    def do_delete(self) -> None:
         """Delete current session"""
-        session_id = self._current().session_id
-        self._api.delete(session_id)
-        self._client.session = Session()
+        session_id = self._current()
+        self.api.delete(session_id)
+        self.session = Session()
         say(f"🧹 Session {short(session_id)} is deleted. Your next message begins a new one.")
 
-    def history(self) -> None:
+    def do_history(self) -> None:
         """Show the messages of the current session"""
-        messages = self._api.session(self._current().session_id)["messages"]
+        messages = self.api.session(self._current())["messages"]
         say(f"📋 {len(messages)} messages")
         for message in messages:
             name = "👤 You" if message["role"] == "user" else "🤖 AI"
             say(f"\n{name} [{time_of_day(message['timestamp'])}]", "36")
-            page = Page(terminal_width() - 1)
-            write(page.add(message["text"]) + page.end() + "\n")
+            write(wrap(message["text"], terminal_width() - 1) + "\n")
 
-    def retry(self) -> None:
+    def do_retry(self) -> None:
         """Send a message that failed again"""
-        turn = self._client.unanswered
-        if not turn:
+        if not self.last or self.last.finish_reason:
             raise ChatError("There is nothing to send again: no message has failed.")
-        if turn.session_id != self._client.session.session_id:
-            self._client.session = Session(turn.session_id)
-        self._client.send_turn(turn)
+        turn = self.last.turn
+        if turn.session_id != self.session.session_id:
+            self.session = Session(turn.session_id)
+        self._send(turn)
 
-    def _current(self) -> Session:
-        """The client's session, if the server has it."""
-        if not self._client.session.known:
+    def _current(self) -> str:
+        """The id of the client's session, if the server has it."""
+        if not self.session.known:
             raise ChatError("There is no session yet. Send a message, or type /new.")
-        return self._client.session
+        return self.session.session_id
 
 
-COMMANDS = [f"/{name}" for name in vars(Commands) if not name.startswith("_")]
+COMMANDS = [name.replace("do_", "/") for name in vars(Client) if name.startswith("do_")]
 
 
 def mean(numbers: list[Any], form: str, unit: str = "") -> str:
@@ -1234,27 +1242,34 @@ def mean(numbers: list[Any], form: str, unit: str = "") -> str:
     return f"{sum(numbers) / len(numbers):{form}}{unit}" if numbers else "-"
 
 
-def open_page(url: str, name: str) -> None:
-    """Open a page of the server in the user's browser. Its URL is shown for where there is none."""
-    say(f"📡 Opening {name} in your browser...\n   URL: {url}")
-    if not webbrowser.open(url):
-        say("   There is no browser here: open the URL yourself.")
+REPORT = {  # the rows of /server and /health, where the server tells them
+    "Status": "status", "Server Uptime": "uptime_seconds", "Total Requests": "total_requests",
+    "Successful": "successful_requests", "Failed": "failed_requests", "Active Sessions": "active_sessions",
+    "Active Streams": "streaming_connections", "Total Sessions Created": "total_sessions_created",
+    "Avg Response Time": "average_response_time", "Model": "model", "Framework": "framework",
+}
 
 
-def enter(client: Client, session_id: str) -> None:
-    """Make a session of the server the current one. If a turn is running there, show it with its message."""
-    session = client.api.session(session_id)
-    client.session = Session(session_id, int(session["message_count"]), known=True)
-    say(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
-    turn = session["latest_turn"]
-    if turn and turn["state"] == "running":
-        say(f"   An answer is running there.\n\n{prompt(client)}{turn['message']}")
-        client.run(Turn(client.api, turn["message"], session_id, turn["turn_id"]))
+def show_report(title: str, told: dict[str, Any]) -> None:
+    """A box with what a server tells of itself."""
+    rows = {name: told[field] for name, field in REPORT.items() if field in told}
+    rows["Server Uptime"] = duration(told["uptime_seconds"])
+    if "Avg Response Time" in rows:
+        rows["Avg Response Time"] = f"{told['average_response_time']:.3f}s"
+    show_box(title, rows)
+
+
+def checked(work: Callable[..., None], *arguments: str) -> None:
+    """Do it. Raises ChatError also where the server's JSON has another shape."""
+    try:
+        work(*arguments)
+    except WRONG_SHAPE as error:
+        raise unexpected() from error
 
 
 def run_command(client: Client, line: str) -> None:
     """Run a command. The beginning of its name is enough, if no other begins like this. Raises ChatError."""
-    name, *arguments = line.split(maxsplit=1)
+    name, *arguments = line.strip().split(maxsplit=1)
     found = [name] if name in COMMANDS else [command for command in COMMANDS if command.startswith(name)]
     if len(found) != 1:
         near = found if len(name) > 1 and found else difflib.get_close_matches(name.lower(), COMMANDS, 1)
@@ -1265,18 +1280,10 @@ def run_command(client: Client, line: str) -> None:
         raise ChatError(f"{name} takes nothing after it.")
     if not arguments and name == "/switch":
         raise ChatError("/switch needs the number or the id of a session. /sessions lists them.")
-    try:
-        getattr(Commands(client), name[1:])(*map(str.strip, arguments))
-    except WRONG_SHAPE as error:
-        raise unexpected() from error
+    checked(getattr(client, "do_" + name[1:]), *arguments)
 
 
 # ---- main --------------------------------------------------------------------------------------------------
-
-
-def prompt(client: Client) -> str:
-    """What stands before the user's line."""
-    return f"You [{short(client.session.session_id)}] › " if client.session.known else "You › "
 
 
 def greet(client: Client, session_id: str | None) -> None:
@@ -1292,16 +1299,10 @@ def greet(client: Client, session_id: str | None) -> None:
     say(f"🎉 Connected to {client.api.url} ({model})\n"
         "📡 HTTP chunked streaming enabled - responses will appear as they're generated!\n"
         "   /help lists the commands.")
-    if session_id:
-        resume(client, session_id)
-
-
-def resume(client: Client, session_id: str) -> None:
-    """Go on with a session, or begin it."""
+    if not session_id:
+        return
     try:
-        enter(client, session_id)
-    except WRONG_SHAPE:
-        say(f"❌ {unexpected()}", "31")
+        checked(client.enter, session_id)
     except ChatError as error:
         if error.code == "session_not_found":
             say(f"📋 Session {short(session_id)} begins with your first message.")
@@ -1315,29 +1316,22 @@ def converse(client: Client, keyboard: Keyboard) -> None:
     while True:
         try:
             print()
-            text = keyboard.read_message(prompt(client))
+            text = keyboard.read_message(client.prompt())
+            keyboard.listen()
             leaving = False
-            act(client, keyboard, text)
+            if text.startswith("/") and not text.startswith("//"):
+                run_command(client, text)
+            elif text.strip():
+                client.send(text.removeprefix("/"))
         except ChatError as error:
             say(f"❌ {explain(error)}", "31")
         except KeyboardInterrupt:
-            if leaving and keyboard.is_empty():
+            if leaving and not keyboard.line():
                 return
             leaving = True
             print("\n(Ctrl-C again, or Ctrl-D, leaves.)")
         except (EOFError, Quit):
             return
-
-
-def act(client: Client, keyboard: Keyboard, text: str) -> None:
-    """Do what a line says: a command after one slash, otherwise a message."""
-    try:
-        if text.startswith("/") and not text.startswith("//"):
-            run_command(client, text)
-        elif text.strip():
-            client.send(text.removeprefix("/"))
-    finally:
-        keyboard.collect_all()
 
 
 def interact(api: Api, session_id: str | None) -> int:
@@ -1346,13 +1340,13 @@ def interact(api: Api, session_id: str | None) -> int:
         os.system("")  # makes a Windows console read escape sequences
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # what is not UTF-8 shows as �
     keyboard = Keyboard()
-    client = Client(api, Session(session_id or ""), show_screen, keyboard)
+    client = Client(api, Session(session_id or ""), show_screen)
     try:
-        greet(client, session_id)
         if session_id:
-            keyboard.collect_all()  # an answer may have been running there
+            keyboard.listen()  # an answer may be running there
+        greet(client, session_id)
         converse(client, keyboard)
-        Commands(client).stats()
+        client.do_stats()
     except ChatError as error:
         complain(f"❌ {explain(error)}")
         return 1
@@ -1374,15 +1368,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("message", metavar="MESSAGE", nargs="?",
                         help="print the answer to this, and to standard input where that is piped, and end")
     arguments = parser.parse_args()
-    token = arguments.token or os.environ.get("STREAMCHAT_TOKEN")
     if arguments.session is not None and not ID.fullmatch(arguments.session):
         parser.error("--session must be 1 to 64 of A-Z, a-z, 0-9, _ and -, but not new")
-    if token and not TOKEN.fullmatch(token):
-        parser.error("the token must be printable ASCII without spaces")
     try:
-        arguments.api = Api(arguments.url, token)
+        arguments.api = Api(arguments.url, arguments.token or os.environ.get("STREAMCHAT_TOKEN"))
     except ValueError as error:
-        parser.error(f"--url: {escape(error)}")
+        parser.error(f"--url or --token: {escape(error)}")
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if arguments.message is not None or arguments.json or not at_terminal:
         arguments.message = message_of_script(parser, arguments.message)
@@ -1400,24 +1391,23 @@ def message_of_script(parser: argparse.ArgumentParser, argument: str | None) -> 
         message = "\n".join(filter(None, [argument, piped.decode()]))
     except UnicodeDecodeError:
         parser.error("standard input is not UTF-8")
-    except OSError as error:
-        parser.error(f"cannot read standard input: {error.strerror}")
     if not message.strip():
         parser.error("there is no message")
     return message
 
 
-def output(stream: Any) -> Any:
-    """A stream that takes all: also where it was closed before the start, or has no sign for an emoji."""
-    stream = stream or open(os.devnull, "w")  # noqa: SIM115
-    stream.reconfigure(errors="backslashreplace")
-    return stream
+def prepare_streams() -> None:
+    """Let output take all, and replace streams that were closed before the start."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # for the whole run
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace")  # what has no sign for an emoji
+        setattr(sys, name, stream)
 
 
 def main() -> int:
     """The exit status: 0; 1 without a whole answer; 130 after Ctrl-C in a script; 2 for wrong arguments."""
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # for the whole run
-    sys.stdout, sys.stderr = output(sys.stdout), output(sys.stderr)
+    prepare_streams()
     try:
         arguments = parse_arguments()
         if arguments.message is None:

@@ -5861,8 +5861,9 @@ class Chat:
             self.pauses.append(seconds)
             pause()
         try:
-            for event, line in library.Turn(library.Api(url, **more), message, self.session).run(wait):
-                assert json.loads(line) == event
+            turn = library.Turn(library.Api(url, **more), message, self.session)
+            for event in turn.run(wait):
+                assert json.loads(turn.line) == event
                 self.events.append(event)
         except library.ChatError as error:
             self.trouble = error
@@ -6008,7 +6009,7 @@ class TestClientLibrary:
     def test_a_stop_from_another_thread_ends_the_chat(self, library, server):
         turn = library.Turn(library.Api(url_of(server)), LONG)
         kinds = []
-        for event, _ in turn.run():
+        for event in turn.run():
             kinds.append(event["type"])
             if event["type"] == "chunk" and kinds.count("chunk") == 2:
                 assert turn.stop() and not turn.stop()
@@ -6720,7 +6721,7 @@ TYPED = [               # what is typed during an answer, and what is there at t
     ("6,000 characters without marks", "x" * 6000, "x" * 6000),
     ("20,000 characters", "\x1b[200~" + 200 * ("x" * 99 + "\r") + "\x1b[201~", 200 * ("x" * 99 + "\n")),
     ("control bytes", "a\x04\x00\x15\x17\x01b\x7fc" + UP + "\x1bOd\x1b[3~", "ac"),
-    ("control bytes in a paste", "\x1b[200~a\x04\t\x15b\x1b[201~", "a\x04\t\x15b"),
+    ("control bytes in a paste", "\x1b[200~a\x04\t\x15b\x03\x1a\x1c\x1b[201~", "a\x04\t\x15b\x03\x1a\x1c"),
     ("other characters", "caf\u00e9 \u91cf \U0001f600", "caf\u00e9 \u91cf \U0001f600"),
 ]
 
@@ -6783,13 +6784,27 @@ class TestTypedDuringAnAnswer:
             chat.enter("")
             assert server.history(session)[2] == ("user", "typed")
 
-    def test_ctrl_c_comes_through_behind_a_long_paste(self, server):
-        with chatting(url_of(server)) as chat:
-            chat.type(LONG + "\r")
-            chat.wait("You said: word")
-            self.type_in_parts(chat, "\x1b[200~" + "x" * 20_000 + "\x1b[201~" + CTRL_C)
+    @pytest.mark.parametrize("marks", [("\x1b[200~", "\x1b[201~"), ("", "")], ids=["a paste", "keys"])
+    def test_ctrl_c_comes_through_behind_20_000_characters_while_the_model_is_silent(self, marks):
+        with running("--model", "test_protocol:silent_or_echo", "--log", "off", PYTHONPATH=str(SERVER.parent)) as server, \
+                chatting(url_of(server)) as chat:
+            chat.type("silent\r")
+            assert wait_until(lambda: server.stats()["streams"])
+            pressed = time.monotonic()
+            self.type_in_parts(chat, ("x" * 20_000).join(marks) + CTRL_C)
             chat.wait("STOPPED")
+            assert time.monotonic() - pressed < 5       # a ping, which would wake the client, comes after 10 s
+
+    def test_a_paste_that_comes_slowly_is_one_text(self, server):
+        with chatting(url_of(server), "--session", session := new_id()) as chat:
+            chat.type("word " * 20 + "\r")
+            chat.wait("You said: word")
+            for part in ("\x1b[200~one\r", "/delete\r", "two\x1b[20", "1~"):
+                chat.type(part)
+                time.sleep(1.5)
             chat.wait_for_prompt()
+            chat.enter("")
+            assert server.history(session)[2] == ("user", "one\n/delete\ntwo")
 
     def modes(self, chat):
         return pytest.importorskip("termios").tcgetattr(chat.outer)[3]
@@ -6889,7 +6904,7 @@ class TestTerminalClientRecovers:
             with away(proxy, chat):
                 restarted = serve("--chunk-delay", "0", "--log", "off")
                 proxy.target = restarted.address
-            chat.wait("The turn was run again:\n.*earlier messages are gone")
+            chat.wait("earlier messages are gone.*Generating response again")
             chat.wait_for_prompt()
             check_shown(chat, restarted, session)
             assert chat.leave()["Sessions Created"] == "2"
@@ -6949,7 +6964,7 @@ class TestTerminalClientRecovers:
             chat.enter("Hi")
             with away(proxy, chat):
                 server.request("DELETE", f"/sessions/{session}")
-            chat.wait("The turn was run again:\n.*the server has 0 of 2")
+            chat.wait("the server has 0 of 2.*Generating response again")
             chat.wait_for_prompt()
             check_shown(chat, server, session)
             server.request("DELETE", f"/sessions/{session}")

@@ -49,15 +49,15 @@ import sys
 import threading
 import time
 import unicodedata
-import uuid
 import webbrowser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import client as http
 from typing import Any
 from urllib.parse import quote, urlsplit
+from uuid import uuid4
 
 # ---- limits ------------------------------------------------------------------------------------------------
 
@@ -69,13 +69,9 @@ RETRIES = 8  # after the first POST, and after each new chunk
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.2, 5, 60  # seconds
 RETRIED = {408, 429, 502, 503, 504}  # statuses of transient failures
 MAX_LINE = 64 << 10  # bytes: a line of the protocol is shorter
-
 ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")
 URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # no user, query or fragment
-TOKEN = re.compile(r"[!-~]*")
-
 WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # JSON of another shape
-
 Event = dict[str, Any]
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -104,8 +100,6 @@ def lost(error: Exception) -> ChatError:
     """The error for an exception that ended a connection."""
     if isinstance(error, TimeoutError):
         return ChatError("The server was silent for too long.", "cut", retryable=True)
-    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-        return ChatError(f"TLS failed: {error}.", "unexpected")
     half_a_status_line = isinstance(error, http.BadStatusLine) and "HTTP/".startswith(str(error)[:5])
     if isinstance(error, OSError | http.IncompleteRead) or half_a_status_line:
         return ChatError("Connection lost.", "cut", retryable=True)
@@ -121,7 +115,7 @@ def refused(response: http.HTTPResponse) -> ChatError:
                          "unexpected", status=status)
     detail, code = f"The server answered {status} {response.reason}.", ""
     with suppress(ChatError):
-        problem = json_object(read_body(response))
+        problem = read_json(response)
         if isinstance(problem.get("detail"), str):
             detail, code = problem["detail"], str(problem.get("code", ""))
     retry_after = seconds_of(response.headers.get("Retry-After", ""))
@@ -131,7 +125,7 @@ def refused(response: http.HTTPResponse) -> ChatError:
 def seconds_of(retry_after: str) -> float:
     """The seconds that a Retry-After field asks for (RFC 9110, section 10.2.3), or 0."""
     if retry_after.isdecimal():
-        return float(retry_after[:9])
+        return float(retry_after)
     with suppress(ValueError, TypeError, OverflowError):
         return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
     return 0
@@ -163,16 +157,12 @@ def event_of(line: bytes) -> Event:
     return event
 
 
-def read_body(response: http.HTTPResponse) -> bytes:
-    """A whole body. Raises IncompleteRead if it was cut.
-
-    http.client takes a head that was cut for the head of an answer without a body.
-    """
-    length = response.length
+def read_json(response: http.HTTPResponse) -> dict[str, Any]:
+    """The JSON object that is the whole body. Raises IncompleteRead if it was cut, ChatError."""
     body = response.read()
-    if not body and length is None:
+    if not body and response.length is None:  # http.client takes a head that was cut for a whole one
         raise http.IncompleteRead(body)
-    return body
+    return json_object(body)
 
 
 def json_object(data: bytes) -> dict[str, Any]:
@@ -199,12 +189,10 @@ class Api:
         if not URL.fullmatch(url) or not parts.hostname or parts.port == 0:
             raise ValueError(f"{url!r} is not like http://HOST:PORT")
         parts.hostname.encode("idna")  # raises ValueError for a name that no machine can have
-        if not TOKEN.fullmatch(token or ""):
+        if not re.fullmatch("[!-~]*", token or ""):
             raise ValueError("a token is printable ASCII without spaces")
         self.url = url.rstrip("/")
-        self._path = parts.path.rstrip("/")
-        self._kind = http.HTTPSConnection if parts.scheme == "https" else http.HTTPConnection
-        self._address = parts.hostname, parts.port or self._kind.default_port
+        self._parts = parts
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -222,8 +210,7 @@ class Api:
         return answer.get("stopped") is True
 
     def new_session(self, session_id: str | None = None, model_id: str | None = None) -> dict[str, Any]:
-        """Create a session."""
-        body = {"session_id": session_id or new_id(), "model_id": model_id}
+        body = {"session_id": session_id or str(uuid4()), "model_id": model_id}
         return self._ask("POST", "/sessions/new", body)
 
     def sessions(self) -> list[dict[str, Any]]:
@@ -239,7 +226,6 @@ class Api:
         self._ask("POST", path_of(session_id, "/clear"))
 
     def delete(self, session_id: str) -> None:
-        """Delete a session."""
         self._ask("DELETE", path_of(session_id))
 
     def health(self) -> dict[str, Any]:
@@ -252,18 +238,18 @@ class Api:
 
     def _ask(self, method: str, path: str, body: Any = None, silence: float = REPLY_TIME) -> dict[str, Any]:
         with self.exchange(self.connect(silence), method, path, body) as response:
-            return json_object(read_body(response))
+            return read_json(response)
 
     def connect(self, silence: float) -> http.HTTPConnection:
         """A new connection that waits so many seconds for each byte. Raises ChatError ("unreachable")."""
-        connection = self._kind(*self._address, timeout=min(silence, REPLY_TIME))
+        kind = http.HTTPSConnection if self._parts.scheme == "https" else http.HTTPConnection
+        connection = kind(self._parts.netloc, timeout=min(silence, REPLY_TIME))
         try:
             connection.connect()
-        except ssl.SSLError as error:
-            raise lost(error) from error
         except OSError as error:
+            wrong_tls = isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
             reason = error.strerror or "no answer"
-            raise ChatError(f"Server unreachable ({reason}).", "unreachable", retryable=True) from error
+            raise ChatError(f"Server unreachable ({reason}).", "unreachable", not wrong_tls) from error
         connection.sock.settimeout(silence)
         return connection
 
@@ -272,30 +258,21 @@ class Api:
                  body: Any) -> Iterator[http.HTTPResponse]:
         """Send a request, give its response if the status is 200, and close the connection in the end."""
         data = None if body is None else json.dumps(body).encode()
-        response = None
+        path = self._parts.path.rstrip("/") + path
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):  # the answer may come before all is sent
-                connection.request(method, self._path + path, data, self._headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                raise refused(response)
-            yield response
+            with closing(connection):
+                with suppress(BrokenPipeError, ConnectionResetError):  # the answer may come before the end
+                    connection.request(method, path, data, self._headers)
+                with connection.getresponse() as response:
+                    if response.status != 200:
+                        raise refused(response)
+                    yield response
         except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # a size of 10**15, say
             raise lost(error) from error
-        finally:
-            if response:
-                response.close()
-            connection.close()
 
 
 def path_of(session_id: str, rest: str = "") -> str:
-    """The path of a session."""
     return f"/sessions/{quote(session_id, safe='', errors='replace')}{rest}"
-
-
-def new_id() -> str:
-    """A name for a session or a turn."""
-    return str(uuid.uuid4())
 
 
 # ---- turn: the same POST until the answer is whole ---------------------------------------------------------
@@ -306,7 +283,7 @@ class Turn:
 
     def __init__(self, api: Api, message: str, session_id: str = "", turn_id: str = "") -> None:
         self.api, self.message = api, message
-        self.session_id, self.turn_id = session_id or new_id(), turn_id or new_id()
+        self.session_id, self.turn_id = session_id or str(uuid4()), turn_id or str(uuid4())
         self.sent = False  # whether the server may know of this turn
         self.coding = "none"  # the transfer coding of the answer
         self.line = b""  # of the last event
@@ -318,15 +295,16 @@ class Turn:
         Ends after `complete`; any other end raises ChatError. Before each retry it calls `wait` with the
         error, the number of the retry and the seconds to wait. Without `wait` it sleeps.
         """
-        log = Log()
+        self._chunks = 0  # the numbers 1 to this have come
+        self._others: set[bytes] = set()  # the other lines of the log
         retries = progress = 0
         while True:
             try:
                 for event in self._post():
-                    if log.add(event, self.line):
+                    if self._is_new(event):
                         yield event
-                    if log.chunks > progress:  # more than in any run before
-                        retries, progress = 0, log.chunks
+                    if self._chunks > progress:  # more than in any run before
+                        retries, progress = 0, self._chunks
                     if event["type"] == "error":
                         code, retryable = str(event.get("code", "")), event.get("retryable") is True
                         raise ChatError(event["message"], code, retryable)
@@ -335,7 +313,9 @@ class Turn:
             except ChatError as error:
                 if not error.retryable or retries == RETRIES:
                     raise
-                seconds = pause_before(retries, error.retry_after)
+                longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** retries)
+                pause = longest * random.uniform(0.5, 1)  # or all clients would come back at the same moment
+                seconds = max(pause, min(error.retry_after, LONGEST_RETRY_AFTER))
                 retries += 1
                 if wait:
                     wait(error, retries, seconds)
@@ -354,6 +334,23 @@ class Turn:
                 self.line = read_line(response)
                 yield event_of(self.line)
 
+    def _is_new(self, event: Event) -> bool:
+        """Whether an event of the log comes for the first time. Raises ChatError if chunks are missing."""
+        kind = event["type"]
+        is_gap = kind == "chunk" and event["chunk_number"] > self._chunks + 1
+        is_short = kind == "complete" and event.get("total_chunks", self._chunks) != self._chunks
+        if is_gap or is_short:
+            raise ChatError("A part of the answer is missing.", "cut", retryable=True)
+        if kind == "chunk":
+            is_new = event["chunk_number"] > self._chunks
+            self._chunks += is_new
+            return is_new
+        is_new = kind == "ping" or self.line not in self._others
+        if kind == "session_info" and is_new:  # another run of the turn
+            self._chunks, self._others = 0, set()
+        self._others.add(self.line)
+        return is_new
+
     def stop(self) -> bool:
         """Stop the turn. Returns False if it was not running."""
         return self.api.stop(self.session_id, self.turn_id)
@@ -367,41 +364,6 @@ class Turn:
         """End the connection from another thread: this wakes the one that reads."""
         with suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # TLS has one that is not for threads
-
-
-class Log:
-    """What has come of a turn's log. It tells what is new when the log comes again from its first line."""
-
-    def __init__(self) -> None:
-        self.chunks = 0  # the numbers 1 to this have come
-        self._lines: set[bytes] = set()  # all others
-
-    def add(self, event: Event, line: bytes) -> bool:
-        """Add an event. Returns whether it is new. Raises ChatError ("cut") if chunks are missing."""
-        kind = event["type"]
-        if kind == "chunk":
-            self._check(event["chunk_number"] <= self.chunks + 1)
-            is_new = event["chunk_number"] > self.chunks
-            self.chunks += is_new
-            return is_new
-        if kind == "session_info" and line not in self._lines:  # another run of the turn
-            self.chunks = 0
-            self._lines.clear()
-        if kind == "complete":
-            self._check(event.get("total_chunks", self.chunks) == self.chunks)
-        is_new = kind == "ping" or line not in self._lines
-        self._lines.add(line)
-        return is_new
-
-    def _check(self, is_whole: bool) -> None:
-        if not is_whole:
-            raise ChatError("A part of the answer is missing.", "cut", retryable=True)
-
-
-def pause_before(retries: int, retry_after: float) -> float:
-    """Seconds to wait after so many retries: at random, or all clients would come back at the same moment."""
-    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** retries) * random.uniform(0.5, 1)
-    return max(pause, min(retry_after, LONGEST_RETRY_AFTER))
 
 
 # ---- Ctrl-C: the server ends the turn, and the answer ends as it always does -------------------------------
@@ -505,7 +467,7 @@ class Page:
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self.column = 0  # where the next part begins
+        self._column = 0  # where the next part begins
         self._word = ""  # the word at the end of the text, as long as it may grow
 
     def add(self, text: str) -> str:
@@ -516,54 +478,43 @@ class Page:
         return "".join(map(self._place, parts))
 
     def end(self) -> str:
-        """What is left to write."""
-        word, self._word = self._word, ""
-        return self._place(word)
+        """What to write so that something else may follow on a new line."""
+        return self.add("\n") if self._column or self._word else ""
 
     def _place(self, part: str) -> str:
+        size = 8 - self._column % 8 if part == "\t" else columns(part)
         if part == "\n":
-            self.column = 0
-            return part
-        size = 8 - self.column % 8 if part == "\t" else columns(part)
-        if self.column + size <= self.width:
-            self.column += size
-            return part
-        if part.isspace():
+            self._column = 0
+        elif self._column + size <= self.width:
+            self._column += size
+        elif part.isspace():
             return ""
-        begin = "\n" if self.column else ""
-        self.column = size % (self.width + 1)  # the terminal breaks a word that is longer than a line
-        return begin + part
+        else:
+            part = "\n" + part if self._column else part
+            self._column = size % (self.width + 1)  # the terminal breaks a word that is longer than a line
+        return part
 
 
 def wrap(text: str, width: int) -> str:
     """The whole text in lines of so many columns."""
-    page = Page(width)
-    return page.add(text) + page.end()
+    return Page(width).add(text + "\n").removesuffix("\n")
 
 
-def fit(text: str, width: int) -> str:
-    """The text in exactly so many columns: shortened, or filled with spaces."""
-    if columns(text) > width:
-        while columns(text) > width - 3:
-            text = text[:-1]
-        text += "..."
-    return text + " " * (width - columns(text))
+def fit(text: str, width: int, filler: str = " ") -> str:
+    """The text in exactly so many columns: shortened, or filled up."""
+    while columns(text) > width:
+        text = text.removesuffix("...")[:-1] + "..."
+    return text + filler * (width - columns(text))
 
 
 def show_box(title: str, rows: dict[str, Any] | list[str], colour: str = "") -> None:
     """Lines for a person, with a title in the upper edge."""
     width = min(BOX_WIDTH, terminal_width() - 2)
-    head = fit(f"─ {title} ", min(columns(title) + 3, width))
-    print("\n" + paint(colour, f"┌{head}{'─' * (width - columns(head))}┐"))
+    print("\n" + paint(colour, f"┌{fit(f'─ {title} ', width, '─')}┐"))
     for row in rows if isinstance(rows, list) else [f"{name}: {value}" for name, value in rows.items()]:
         for line in wrap(one_line(row)[:1000], width - 2).split("\n"):
             print(paint(colour, f"│ {fit(line, width - 1)}│"))
     print(paint(colour, f"└{'─' * width}┘"), flush=True)
-
-
-def show_rule() -> None:
-    """The line above and below an answer."""
-    say("─" * min(BOX_WIDTH - 2, terminal_width() - 1), "36")
 
 
 def short(session_id: object) -> str:
@@ -618,14 +569,13 @@ def abandon(stream: Any) -> None:
 # ---- keyboard: the user's lines, and what is typed while there is no prompt --------------------------------
 
 HISTORY = "~/.streamchat_history"
-HISTORY_LENGTH = 1000  # lines
 PASTE_TIME = 5  # seconds without a byte after which a paste counts as ended, though its end mark is missing
 KEY_TIME = 0.05  # seconds without a byte after which nothing more is on its way
 PASTE = re.compile(rb"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", re.DOTALL)  # as terminals mark it
-ACTS = re.compile(rb"\x1b\[(20[01])~|[\x03\x1a\x1c]")  # the marks of a paste; Ctrl-C, Ctrl-Z and Ctrl-\
+ACTS = re.compile(rb"\x1b\[(20[01])~|[\x03\x1a\x1c]")  # a mark of a paste, Ctrl-C, Ctrl-Z or Ctrl-\
 KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)  # an arrow, say
-NOT_FATAL = {"SIGCHLD", "SIGCONT", "SIGINFO", "SIGIO", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU",
-             "SIGURG", "SIGWINCH", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}  # or Python cannot handle them
+NOT_FATAL = {"SIGCHLD", "SIGCONT", "SIGINFO", "SIGIO", "SIGKILL", "SIGSTOP", "SIGTTIN", "SIGTTOU", "SIGURG",
+             "SIGWINCH", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}  # or Python cannot handle them
 
 
 class Keyboard:
@@ -636,26 +586,21 @@ class Keyboard:
     """
 
     def __init__(self) -> None:
-        self._prompt = ""  # on the screen
-        self._typed = bytearray()  # since the last prompt
-        self._listener: threading.Thread | None = None
-        self._over = threading.Event()  # the listener must end
+        self._prompt = ""  # the last one; none while the thread listens
+        self._typed = bytearray()  # without a prompt
+        self._listener = threading.Thread()
         self._history = os.path.expanduser(HISTORY)  # which does not raise if there is no home
         self._readline: Any = None
-        with suppress(ImportError):  # imported only here, since for some terminals it prints at once
+        try:  # only here, since for some terminals the import of readline prints at once
             import readline
             import termios
-
-            self._readline, self._termios = readline, termios
-            self._set_up_readline()
-            self._set_up_terminal()
-
-    def _set_up_readline(self) -> None:
-        readline = self._readline
+        except ImportError:
+            return
+        self._readline, self._termios = readline, termios
         readline.set_auto_history(False)
         readline.set_completer(self._complete)
         readline.set_completer_delims(" ")
-        self._is_gnu = "libedit" not in readline.__doc__
+        self._is_gnu = "libedit" not in (readline.__doc__ or "")
         readline.parse_and_bind("tab: complete" if self._is_gnu else "bind ^I rl_complete")
         self._marks_pastes = self._is_gnu and os.environ.get("TERM") != "dumb"
         if self._marks_pastes:
@@ -663,10 +608,11 @@ class Keyboard:
         with suppress(OSError):  # a home that cannot be read or written
             os.close(os.open(self._history, os.O_CREAT, 0o600))
             readline.read_history_file(self._history)
-        readline.set_history_length(HISTORY_LENGTH)
+        readline.set_history_length(1000)  # lines
+        self._take_terminal()
 
-    def _set_up_terminal(self) -> None:
-        """Whatever ends the program leaves the terminal as it was found."""
+    def _take_terminal(self) -> None:
+        """Whatever ends or suspends the program leaves the terminal as it was found."""
         termios = self._termios
         self._found = termios.tcgetattr(sys.stdin)
         self._open, self._silent = [*self._found], [*self._found]  # at a prompt, and between two
@@ -674,89 +620,76 @@ class Keyboard:
         self._silent[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
         for number in signal.valid_signals():
             if signal.getsignal(number) is signal.SIG_DFL and getattr(number, "name", "") not in NOT_FATAL:
-                signal.signal(number, self._end)
-        if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
-            signal.signal(signal.SIGTSTP, self._suspend)
+                signal.signal(number, self._give_way)
 
-    def _set(self, modes: Any, marks_pastes: bool) -> None:
+    def _set(self, modes: Any) -> Any:
+        """Set the modes of the terminal; return those it had. Pastes are marked in all but the found ones."""
+        before = modes
         with suppress(OSError, self._termios.error):  # the terminal was closed
-            self._termios.tcsetattr(sys.stdin, self._termios.TCSADRAIN, modes)
-            if self._marks_pastes:
-                write("\x1b[?2004h" if marks_pastes else "\x1b[?2004l")
+            before = self._termios.tcgetattr(sys.stdin)
+            if not in_background():  # where the terminal is the shell's
+                self._termios.tcsetattr(sys.stdin, self._termios.TCSADRAIN, modes)
+                if self._marks_pastes:  # print() might be at work: a signal can come at any moment
+                    os.write(sys.stdout.fileno(), b"\x1b[?2004l" if modes is self._found else b"\x1b[?2004h")
+        return before
 
     def release(self) -> None:
         """Leave the terminal as it was found."""
         if self._readline:
-            self._set(self._found, marks_pastes=False)
+            self._set(self._found)
 
-    def _end(self, number: int, _: object) -> None:
-        self.release()
+    def _give_way(self, number: int, _: object) -> None:
+        """Let a signal do what it always does. Only after Ctrl-Z and `fg` does the program go on."""
+        before = self._set(self._found)
         signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-    def _suspend(self, *_: object) -> None:
-        """Ctrl-Z: the shell gets its terminal as it was. After `fg`, the program goes on."""
-        modes = self._termios.tcgetattr(sys.stdin)
-        self.release()
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, self._suspend)
-        self._set(modes, marks_pastes=True)
+        signal.raise_signal(number)
+        signal.signal(number, self._give_way)
+        self._set(before)
         if self._prompt:
             write(self._prompt + self._readline.get_line_buffer())
 
     def listen(self) -> None:
         """Keep what is typed, until the next prompt."""
         if self._readline:
-            self._set(self._silent, marks_pastes=True)
-            self._over.clear()
-            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._set(self._silent)
+            self._prompt = ""
+            self._listener = threading.Thread(target=self._keep_keys, daemon=True)
             self._listener.start()
 
-    def _listen(self) -> None:
-        """Ctrl-C, Ctrl-Z and Ctrl-\\ act as always, but not in a paste."""
-        main_thread = threading.main_thread().ident or 0
-        is_paste, seen, quiet = False, 0, 0.0
-        while not self._over.is_set() or quiet < (PASTE_TIME if is_paste else KEY_TIME):
-            quiet += KEY_TIME
-            if not select.select([sys.stdin], [], [], KEY_TIME)[0]:
+    def _keep_keys(self) -> None:
+        """Ctrl-C, Ctrl-Z and Ctrl-\\ act as they always do, but not in a paste."""
+        signals = {b"\x03": signal.SIGINT, b"\x1a": signal.SIGTSTP, b"\x1c": signal.SIGQUIT}
+        in_paste, seen = False, 0
+        while True:
+            if not select.select([sys.stdin], [], [], PASTE_TIME if in_paste else KEY_TIME)[0]:
+                if self._prompt:  # it waits for this thread
+                    return
                 continue
             data = os.read(sys.stdin.fileno(), 65_536)
             if not data:  # the terminal was closed
                 return
             self._typed += data
-            quiet = 0
             for match in ACTS.finditer(self._typed, seen):
                 seen = match.end()
                 if match[1]:
-                    is_paste = match[1] == b"200"
-                elif not is_paste:
-                    act = {b"\x03": signal.SIGINT, b"\x1a": signal.SIGTSTP, b"\x1c": signal.SIGQUIT}[match[0]]
-                    signal.pthread_kill(main_thread, act)
-            seen = max(seen, len(self._typed) - 5)  # a mark of six bytes may have come in part
-
-    def _stop_listening(self) -> None:
-        """Wait until nothing is on its way any more, and let readline have the rest."""
-        if self._listener:
-            self._over.set()
-            self._listener.join()
-            self._listener = None
-            self._set(self._open, marks_pastes=True)
+                    in_paste = match[1] == b"200"
+                elif not in_paste:
+                    signal.pthread_kill(threading.main_thread().ident or 0, signals[match[0]])
+            seen = max(seen, len(self._typed) - 5)  # of a mark, five bytes of six may have come
 
     def read(self, prompt: str) -> str:
         """A line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
-        prompt = paint("1;36", prompt)
+        self._prompt = paint("1;36", prompt)
         if not self._readline:
-            return input(prompt)
-        self._stop_listening()
+            return input(self._prompt)
+        if self._listener.is_alive():
+            self._listener.join()  # until nothing is on its way any more
+        self._set(self._open)
         held = in_any_locale(held_text(bytes(self._typed)))
         self._typed.clear()
         self._readline.set_startup_hook(lambda: self._readline.insert_text(held))
-        self._prompt = prompt
-        try:
-            return input(re.sub(r"\x1b\[[0-9;]*m", "\x01\\g<0>\x02", prompt))  # readline: these have no width
-        finally:
-            self._prompt = ""
+        no_width = r"\x1b\[[0-9;]*m"  # of a colour: readline wants to know it
+        return input(re.sub(no_width, "\x01\\g<0>\x02", self._prompt))
 
     def read_message(self, prompt: str) -> str:
         """A line, or several between three quotes at the start of a line and at the end of one."""
@@ -769,16 +702,13 @@ class Keyboard:
             text = text.rstrip().removesuffix('"""').strip("\n")
             text = "/" + text if text.startswith("/") else text  # two slashes begin a message
         if self._readline and text.strip():
-            self._remember(in_any_locale(text))
+            self._readline.add_history(in_any_locale(text))
+            with suppress(OSError):  # a full disk
+                if self._is_gnu:
+                    self._readline.append_history_file(1, self._history)
+                else:  # libedit cannot append
+                    self._readline.write_history_file(self._history)
         return text
-
-    def _remember(self, text: str) -> None:
-        self._readline.add_history(text)
-        with suppress(OSError):  # a full disk
-            if self._is_gnu:
-                self._readline.append_history_file(1, self._history)
-            else:  # libedit cannot append
-                self._readline.write_history_file(self._history)
 
     def line(self) -> str:
         """What was in the line that Ctrl-C has ended."""
@@ -789,11 +719,15 @@ class Keyboard:
         return [*names, None][state]
 
 
-def held_text(typed: bytes) -> str:
-    """What was typed without a prompt, as one text: pastes as they are; of other keys those that are text.
+def in_background() -> bool:
+    """Whether the terminal belongs to other programs, after Ctrl-Z, say."""
+    with suppress(OSError):
+        return os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp()
+    return False
 
-    Backspace removes the character before it. A last Enter is left out.
-    """
+
+def held_text(typed: bytes) -> str:
+    """What was typed without a prompt, as one text: pastes as they are, and of other keys their text."""
     text = ""
     for number, part in enumerate(PASTE.split(typed)):
         keys = part.decode(errors="replace").replace("\r", "\n").replace("\0", "")
@@ -801,9 +735,9 @@ def held_text(typed: bytes) -> str:
         for key in keys if is_paste else KEY.sub("", keys):
             if is_paste or not CONTROL.match(key):
                 text += key
-            elif key in "\b\x7f":
+            elif key in "\b\x7f":  # Backspace
                 text = text[:-1]
-    return text if typed.endswith(b"\x1b[201~") else text.removesuffix("\n")
+    return text if typed.endswith(b"\x1b[201~") else text.removesuffix("\n")  # the last Enter would send it
 
 
 def in_any_locale(text: str) -> str:
@@ -813,12 +747,14 @@ def in_any_locale(text: str) -> str:
 
 # ---- answer: what has come of a turn, and how it is shown --------------------------------------------------
 
+RETRIED_BY_HAND = {"session_busy", "session_cleared", "session_deleted"}  # codes of errors
+
 
 class Session:
     """The session that this client is in, as far as the client knows."""
 
     def __init__(self, session_id: str = "", messages: int = 0, known: bool = False) -> None:
-        self.session_id, self.messages = session_id or new_id(), messages
+        self.session_id, self.messages = session_id or str(uuid4()), messages
         self.known = known  # whether the server has it
 
 
@@ -829,53 +765,50 @@ class Answer:
         self.turn, self.session, self.show = turn, session, show
         self.model: Any = "?"
         self.chunks = self.received = 0  # of this run; of all runs
-        self.retries = 0
-        self.created = 0  # how often the turn made its session
-        self.recovering = False  # between a cut and the next event
+        self.retries = self.created = 0  # so often it was sent again; so often it made its session
         self.finish_reason = ""  # of the `complete` event
         self.error: ChatError | None = None
         self.interrupted = False  # by Ctrl-C
         self.started = self.ended = time.monotonic()
         self.page = Page(terminal_width() - 1)
+        self.rule = "─" * min(BOX_WIDTH - 2, self.page.width)  # above and below the text
         self.opened = False  # whether the head of the text is on the screen
         self.last = ""  # character
 
     def follow(self, ctrl_c: StopByCtrlC) -> None:
         """Send the turn, and show what comes. Raises ChatError, KeyboardInterrupt."""
         def wait(error: ChatError, retry: int, seconds: float) -> None:
-            show_cut(self, error, retry, seconds)
-            self.recovering = True
             self.retries += 1
+            if self.show is not show_screen:
+                complain(f"🔄 {explain(error)} Retrying in {seconds:.1f} s ({retry} of {RETRIES}).")
+            elif retry == 1:  # one line is enough until the answer grows again
+                self.note(f"🔄 {explain(error)} Retrying…")
             ctrl_c.pause(seconds)
 
         for event in self.turn.run(wait):
             self._take(event)
             self.show(self, event)
-            self.recovering = False
 
     def _take(self, event: Event) -> None:
-        """Note what an event says."""
         kind = event["type"]
         if kind == "session_info":
             self.session.known = True
             self.model, self.chunks = event.get("model"), 0
             self.created += event.get("created") is True
-        elif kind == "status":
-            self._compare(event.get("context_messages"))
         elif kind == "chunk":
             self.chunks += 1
             self.received += 1
         elif kind == "complete":
             self.finish_reason = str(event.get("finish_reason", "stop"))
-            self._compare(event.get("message_count"))
+        messages, expected = event.get("message_count", event.get("context_messages")), self.session.messages
+        if isinstance(messages, int):
+            self.session.messages = messages
+            if messages < expected:
+                self.note(f"⚠ The earlier messages are gone: the server has {messages} of {expected}.")
 
-    def _compare(self, messages: Any) -> None:
-        """Compare the server's number of messages with the expected one."""
-        if not isinstance(messages, int):
-            return
-        expected, self.session.messages = self.session.messages, messages
-        if messages < expected:
-            note(self, f"⚠ The earlier messages are gone: the server has {messages} of {expected}.")
+    def is_given_up(self) -> bool:
+        """Whether the turn may run on, since the server has not confirmed that it has stopped it."""
+        return self.turn.sent and not self.error and not self.finish_reason
 
     def status(self) -> str:
         """SUCCESS, STOPPED or FAILED."""
@@ -883,15 +816,13 @@ class Answer:
             return "FAILED"
         return "STOPPED" if self.finish_reason in ("", "cancelled") else "SUCCESS"
 
-    def may_be_retried(self) -> bool:
-        """Whether the same message may get an answer when it is sent again."""
-        if self.error:
-            return self.error.retryable or self.error.code in RETRIED_BY_HAND
-        return not self.finish_reason
-
-
-RETRIED_BY_HAND = {"session_busy", "session_cleared", "session_deleted"}
-COLOURS = {"SUCCESS": "32", "STOPPED": "33", "FAILED": "31"}
+    def note(self, sentence: str, colour: str = "33") -> None:
+        """A sentence beside the answer: on a line of its own, or in standard error."""
+        if self.show is show_screen:
+            write(self.page.end())
+            say(sentence, colour)
+        else:
+            complain(sentence)
 
 
 def show_json(answer: Answer, event: Event) -> None:
@@ -907,7 +838,7 @@ def show_json(answer: Answer, event: Event) -> None:
 def show_text(answer: Answer, event: Event) -> None:
     """The bare text as it came; at a terminal with escapes for control characters."""
     if event["type"] == "session_info" and answer.received:
-        note(answer, "🔄 The turn was run again. This is its answer from the start.")
+        answer.note("🔄 The turn was run again. This is its answer from the start.")
         write("\n")
     elif event["type"] == "chunk":
         answer.last = event["text"][-1:] or answer.last
@@ -920,61 +851,46 @@ def show_screen(answer: Answer, event: Event) -> None:
         answer.opened = False
     elif event["type"] == "status":
         again = " again" if answer.received else ""
-        note(answer, f"💭 Generating response{again}... (Context: {answer.session.messages} messages)", "2")
+        answer.note(f"💭 Generating response{again}... (Context: {answer.session.messages} messages)", "2")
     elif event["type"] == "chunk" and event["text"]:
         if not answer.opened:
             answer.opened = True
             place = f"{short(answer.turn.session_id)} - {one_line(answer.model)}"
-            say(f"\n🤖 AI Response (HTTP Streaming) ({place})", "36")
-            show_rule()
+            say(f"\n🤖 AI Response (HTTP Streaming) ({place})\n{answer.rule}", "36")
         write(answer.page.add(event["text"]))
-
-
-def note(answer: Answer, sentence: str, colour: str = "33") -> None:
-    """A sentence beside the answer: on a line of its own, or in standard error."""
-    if answer.show is show_screen:
-        end_line(answer)
-        say(sentence, colour)
-    else:
-        complain(sentence)
-
-
-def end_line(answer: Answer) -> None:
-    """What follows on the screen begins on a new line."""
-    write(answer.page.end() + ("\n" if answer.page.column else ""))
-    answer.page.column = 0
-
-
-def show_cut(answer: Answer, error: ChatError, retry: int, seconds: float) -> None:
-    """Tell of every cut in a script, and of each recovery on the screen."""
-    if answer.show is not show_screen:
-        complain(f"🔄 {explain(error)} Retrying in {seconds:.1f} s ({retry} of {RETRIES}).")
-    elif not answer.recovering:
-        note(answer, f"🔄 {explain(error)} Retrying…")
 
 
 def show_end(answer: Answer) -> None:
     """Show how it ended: the rule below the text, a box with the numbers, and a sentence where it helps."""
+    error, reason = answer.error, answer.finish_reason
+    may_be_retried = not reason
     if answer.show is show_screen:
         show_numbers(answer)
-    elif answer.show is show_text and answer.last != "\n" and (answer.last or answer.finish_reason):
+    elif answer.show is show_text and answer.last != "\n" and (answer.last or reason):
         write("\n")
-    sentence = last_words(answer)
-    if sentence:
-        note(answer, sentence, "31" if answer.error else "33")
-    if answer.show is show_screen and answer.may_be_retried():
+    if error:
+        may_be_retried = error.retryable or error.code in RETRIED_BY_HAND
+        answer.note(f"❌ {explain(error)}", "31")
+    elif not answer.turn.sent:
+        answer.note("⚠ Your message was not sent.")
+    elif not reason:
+        answer.note("⚠ The server has not confirmed the stop. It is asked again before your next message.")
+    elif reason == "cancelled" and not answer.interrupted:
+        answer.note("⚠ The answer was stopped.")
+    elif reason not in ("stop", "cancelled"):
+        answer.note(f"⚠ The model ended the answer early ({reason}).")
+    if may_be_retried and answer.show is show_screen:
         say("   /retry sends your message again.")
 
 
 def show_numbers(answer: Answer) -> None:
     """The rule and the box, for an answer that was begun."""
-    end_line(answer)
+    write(answer.page.end())
     if answer.opened:
-        show_rule()
+        say(answer.rule, "36")
     if not answer.turn.sent and not answer.error:
         return
     status, now = answer.status(), datetime.now().strftime("%H:%M:%S.%f")[:-3]
-    title = status.replace("SUCCESS", "COMPLETED")
     rows: dict[str, Any] = {
         "Total Chunks": answer.chunks,
         "Total Time": f"{answer.ended - answer.started:.3f}s",
@@ -984,23 +900,8 @@ def show_numbers(answer: Answer) -> None:
     }
     if answer.retries:
         rows["Retries"] = answer.retries
-    show_box(f"📡 HTTP STREAM {title} [{now}]", rows, COLOURS[status])
-
-
-def last_words(answer: Answer) -> str:
-    """What a person must know about the end of an answer, or nothing."""
-    reason = answer.finish_reason
-    if answer.error:
-        return f"❌ {explain(answer.error)}"
-    if not answer.turn.sent:
-        return "⚠ Your message was not sent."
-    if not reason:
-        return "⚠ The server has not confirmed the stop. It is asked again before your next message."
-    if reason == "stop" or reason == "cancelled" and answer.interrupted:
-        return ""
-    if reason == "cancelled":
-        return "⚠ The answer was stopped."
-    return f"⚠ The model ended the answer early ({reason})."
+    colour = {"SUCCESS": "32", "STOPPED": "33", "FAILED": "31"}[status]
+    show_box(f"📡 HTTP STREAM {status.replace('SUCCESS', 'COMPLETED')} [{now}]", rows, colour)
 
 
 def explain(error: ChatError) -> str:
@@ -1015,10 +916,6 @@ def explain(error: ChatError) -> str:
 # ---- client: the session, what was done in it, and the commands --------------------------------------------
 
 
-class Quit(Exception):
-    """The user leaves."""
-
-
 class Client:
     """One user's chat with one server. Each method `do_…` is a command: /help prints its docstring."""
 
@@ -1031,22 +928,18 @@ class Client:
         self.created = 0  # sessions, by /new
 
     def send(self, message: str) -> Answer:
-        """Send a message in the current session."""
-        return self._send(Turn(self.api, message, self.session.session_id))
+        return self.run(Turn(self.api, message, self.session.session_id))
 
-    def _send(self, turn: Turn) -> Answer:
-        answer = self.run(turn)
-        self.answers.append(answer)
-        return answer
-
-    def run(self, turn: Turn) -> Answer:
+    def run(self, turn: Turn, is_mine: bool = True) -> Answer:
         """Send a turn, and show its answer up to its end, however it ends."""
         before, answer = self.last, Answer(turn, self.session, self.show)
         self.last = answer
+        if is_mine:
+            self.answers.append(answer)
         with StopByCtrlC(turn) as ctrl_c:
             try:
-                if before and before.status() == "STOPPED" and before.turn.turn_id != turn.turn_id:
-                    with suppress(ChatError):  # the server may not have heard of the stop
+                if before and before.is_given_up() and before.turn.turn_id != turn.turn_id:
+                    with suppress(ChatError):
                         before.turn.stop()
                 answer.follow(ctrl_c)
             except ChatError as error:
@@ -1061,10 +954,9 @@ class Client:
             answer.interrupted = ctrl_c.pressed
             answer.ended = time.monotonic()
             show_end(answer)
-        code = answer.error.code if answer.error else ""
-        if code == "session_deleted":
+        if answer.error and answer.error.code == "session_deleted":
             self.session = Session()
-        elif code == "session_cleared":
+        elif answer.error and answer.error.code == "session_cleared":
             self.session.messages = 0
         return answer
 
@@ -1076,10 +968,9 @@ class Client:
         turn = session["latest_turn"]
         if turn and turn["state"] == "running":
             say(f"   An answer is running there.\n\n{self.prompt()}{turn['message']}")
-            self.run(Turn(self.api, turn["message"], session_id, turn["turn_id"]))
+            self.run(Turn(self.api, turn["message"], session_id, turn["turn_id"]), is_mine=False)
 
     def prompt(self) -> str:
-        """What stands before the user's line."""
         return f"You [{short(self.session.session_id)}] › " if self.session.known else "You › "
 
     def do_help(self) -> None:
@@ -1096,6 +987,7 @@ class Client:
     def do_stats(self) -> None:
         """Show client streaming statistics"""
         whole = [answer for answer in self.answers if answer.finish_reason]
+        count = max(1, len(whole))
         show_box("📊 CLIENT SESSION STATISTICS", {
             "Client Session Duration": duration(time.monotonic() - self.started),
             "Messages Sent": len({answer.turn.turn_id for answer in self.answers}),
@@ -1103,9 +995,9 @@ class Client:
             "Recovered Streams": sum(answer.retries > 0 for answer in whole),
             "Failed Streams": len(self.answers) - len(whole),
             "Total Chunks Received": sum(answer.received for answer in self.answers),
-            "Avg Chunks per Stream": mean([answer.chunks for answer in whole], ".1f"),
+            "Avg Chunks per Stream": f"{sum(answer.chunks for answer in whole) / count:.1f}",
             "Sessions Created": self.created + sum(answer.created for answer in self.answers),
-            "Avg Response Time": mean([answer.ended - answer.started for answer in whole], ".3f", "s"),
+            "Avg Response Time": f"{sum(answer.ended - answer.started for answer in whole) / count:.3f}s",
             "Current Session": short(self.session.session_id) if self.session.known else "-",
             "Session Messages": self.session.messages,
         })
@@ -1120,17 +1012,11 @@ class Client:
 
     def do_docs(self) -> None:
         """Open API documentation in browser"""
-        self._open_page("/docs", "API documentation")
+        open_page(f"{self.api.url}/docs", "API documentation")
 
     def do_demo(self) -> None:
         """Open interactive HTTP streaming demo page"""
-        self._open_page("/demo", "HTTP streaming demo page")
-
-    def _open_page(self, path: str, name: str) -> None:
-        """The URL is shown for where there is no browser."""
-        say(f"📡 Opening {name} in your browser...\n   URL: {self.api.url}{path}")
-        if not webbrowser.open(self.api.url + path):
-            say("   There is no browser here: open the URL yourself.")
+        open_page(f"{self.api.url}/demo", "HTTP streaming demo page")
 
     def do_clear(self) -> None:
         """Clear screen"""
@@ -1138,7 +1024,7 @@ class Client:
 
     def do_quit(self) -> None:
         """Exit client"""
-        raise Quit
+        raise EOFError  # as Ctrl-D does
 
     def do_new(self) -> None:
         """Create a new streaming chat session"""
@@ -1158,27 +1044,18 @@ class Client:
     def do_info(self) -> None:
         """Show current session details"""
         session = self.api.session(self._current())
-        show_box("📋 SESSION INFO", {
-            "Session ID": short(session["session_id"]),
-            "Model": session["model"],
-            "Total Messages": session["message_count"],
-            "User Messages": session["user_messages"],
-            "AI Messages": session["model_messages"],
-            "Duration": duration(session["session_duration_seconds"]),
-            "Created": time_of_day(session["created_at"]),
-        })
+        show_report("📋 SESSION INFO", session)
         say(f"To come back later: --session {one_line(session['session_id'])}")
 
     def do_sessions(self) -> None:
         """List all active sessions on server"""
-        rows = []
-        sessions = self.api.sessions()
+        sessions, rows = self.api.sessions(), []
         self.listed = [session["session_id"] for session in sessions]
         for number, session in enumerate(sessions, 1):
             age, created = duration(session["duration_minutes"] * 60), time_of_day(session["created_at"])
             mark = " ← CURRENT" if session["session_id"] == self.session.session_id else ""
-            name, count = short(session["session_id"]), session["message_count"]
-            rows.append(f"{number}. {name} ({count} msgs, {age}, {created}){mark}")
+            told = f"({session['message_count']} msgs, {age}, {created})"
+            rows.append(f"{number}. {short(session['session_id'])} {told}{mark}")
         show_box(f"📋 ALL ACTIVE SESSIONS ({len(sessions)})", rows)
 
     def do_switch(self, argument: str) -> None:
@@ -1225,38 +1102,42 @@ class Client:
         turn = self.last.turn
         if turn.session_id != self.session.session_id:
             self.session = Session(turn.session_id)
-        self._send(turn)
+        self.run(turn)
 
     def _current(self) -> str:
-        """The id of the client's session, if the server has it."""
         if not self.session.known:
             raise ChatError("There is no session yet. Send a message, or type /new.")
         return self.session.session_id
 
 
 COMMANDS = [name.replace("do_", "/") for name in vars(Client) if name.startswith("do_")]
-
-
-def mean(numbers: list[Any], form: str, unit: str = "") -> str:
-    """A mean, or a dash before there is anything to average."""
-    return f"{sum(numbers) / len(numbers):{form}}{unit}" if numbers else "-"
-
-
-REPORT = {  # the rows of /server and /health, where the server tells them
+REPORT = {  # the rows of /server, /health and /info, where the server tells them
     "Status": "status", "Server Uptime": "uptime_seconds", "Total Requests": "total_requests",
     "Successful": "successful_requests", "Failed": "failed_requests", "Active Sessions": "active_sessions",
     "Active Streams": "streaming_connections", "Total Sessions Created": "total_sessions_created",
-    "Avg Response Time": "average_response_time", "Model": "model", "Framework": "framework",
+    "Avg Response Time": "average_response_time", "Session ID": "session_id", "Model": "model",
+    "Framework": "framework", "Total Messages": "message_count", "User Messages": "user_messages",
+    "AI Messages": "model_messages", "Duration": "session_duration_seconds", "Created": "created_at",
+}
+FORMS: dict[str, Callable[[Any], str]] = {  # of those that are not shown as they are
+    "uptime_seconds": duration, "session_duration_seconds": duration, "created_at": time_of_day,
+    "average_response_time": "{:.3f}s".format, "session_id": short,
 }
 
 
 def show_report(title: str, told: dict[str, Any]) -> None:
-    """A box with what a server tells of itself."""
-    rows = {name: told[field] for name, field in REPORT.items() if field in told}
-    rows["Server Uptime"] = duration(told["uptime_seconds"])
-    if "Avg Response Time" in rows:
-        rows["Avg Response Time"] = f"{told['average_response_time']:.3f}s"
+    """A box with what a server tells of itself or of a session."""
+    rows = {name: FORMS.get(field, str)(told[field]) for name, field in REPORT.items() if field in told}
+    if not rows:
+        raise unexpected()
     show_box(title, rows)
+
+
+def open_page(url: str, name: str) -> None:
+    """The URL is shown for where there is no browser."""
+    say(f"📡 Opening {name} in your browser...\n   URL: {url}")
+    if not webbrowser.open(url):
+        say("   There is no browser here: open the URL yourself.")
 
 
 def checked(work: Callable[..., None], *arguments: str) -> None:
@@ -1292,7 +1173,7 @@ def greet(client: Client, session_id: str | None) -> None:
     try:
         model = one_line(client.api.stats().get("model"))
     except ChatError as error:
-        if error.code not in ("unreachable", "cut"):
+        if not error.retryable:
             raise
         say(f"⚠ No server at {client.api.url}: {error}\n   Start one: python3 streamchat_server.py", "33")
         return
@@ -1330,7 +1211,7 @@ def converse(client: Client, keyboard: Keyboard) -> None:
                 return
             leaving = True
             print("\n(Ctrl-C again, or Ctrl-D, leaves.)")
-        except (EOFError, Quit):
+        except EOFError:
             return
 
 
@@ -1382,15 +1263,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def message_of_script(parser: argparse.ArgumentParser, argument: str | None) -> str:
     """The argument, and what is piped: after one newline, as it is."""
-    piped = b""
-    if sys.stdin.isatty() and argument is None:
+    at_terminal = sys.stdin.isatty()
+    if at_terminal and argument is None:
         complain("(Type the message. Ctrl-D on an empty line ends it.)")
     try:
-        if argument is None or not sys.stdin.isatty():
-            piped = sys.stdin.buffer.read()
-        message = "\n".join(filter(None, [argument, piped.decode()]))
+        piped = "" if at_terminal and argument is not None else sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
         parser.error("standard input is not UTF-8")
+    message = "\n".join(filter(None, [argument, piped]))
     if not message.strip():
         parser.error("there is no message")
     return message

@@ -6835,28 +6835,43 @@ class TestTypedDuringAnAnswer:
             assert chat.wait_for_end() == 0
             assert self.modes(chat) == before
 
-    @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
-    def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(self, server, at_prompt):
+    @contextlib.contextmanager
+    def suspended(self, server, session, message, at_prompt):
+        """A shell with its own modes of the terminal, in which the client was started and then suspended."""
         shell = shutil.which("dash") or shutil.which("sh")
         login = [sys.executable, "-c", f"import os; os.login_tty(0); os.execv({shell!r}, ['sh', '-im'])"]
         with tempfile.TemporaryDirectory() as home, Terminal(login, HOME=home, PS1="shell> ", ENV="") as chat:
             chat.wait("shell> ")
             before = self.modes(chat)
-            session = new_id()
             chat.type(f"{sys.executable} {CLIENT} --url {url_of(server)} --session {session}\r")
             chat.wait("You \u203a ")
-            message = "word " * 80
             chat.type(message + ("\r" if not at_prompt else ""))
             chat.wait("You said: word" if not at_prompt else "word word")
             time.sleep(0.3)
             chat.type("\x1a")
             chat.wait("shell> ")
             assert self.modes(chat) == before
+            yield chat
+            chat.wait("shell> ")
+            assert self.modes(chat) == before
+
+    @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
+    def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(self, server, at_prompt):
+        session, message = new_id(), "word " * 80
+        with self.suspended(server, session, message, at_prompt) as chat:
             chat.type("fg\r")
             chat.wait("STREAM COMPLETED" if not at_prompt else "You \u203a word word")
             chat.type("" if not at_prompt else "\r")
             assert wait_until(lambda: session in server.session_ids() and len(server.history(session)) == 2)
             assert server.history(session)[0] == ("user", message)
+            chat.wait(r"^You \[")
+            chat.type(CTRL_D)
+
+    @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
+    def test_after_ctrl_z_it_can_be_killed(self, server, at_prompt):
+        with self.suspended(server, new_id(), LONG, at_prompt) as chat:
+            chat.type("kill %1; kill -CONT %1; sleep 1; jobs\r")
+            chat.wait("Terminated")
 
 
 @NOT_OURS

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The client of streamable HTTP chat: at a terminal, in scripts, and as a library, in one file.
+"""A client of streamable HTTP chat: a terminal program, a command for scripts, and a library, in one file.
 
     python3 streamchat_client.py                                    chat; /help lists the commands
     python3 streamchat_client.py "Sum this up:" < notes.txt         print the answer, and nothing else
@@ -13,14 +13,14 @@
 
 The answer to a message is a stream of lines. Each line is an event, a JSON object:
 
-    session_info    the names of the session, the turn and the model     first
+    session_info    the ids of the session and the turn, and the model   first
     status          how many messages came before this turn
     chunk           the next part of the answer, numbered 1, 2, 3 …
-    ping            a sign of life after some seconds without a line
+    ping            the server is alive, but has no line to send
     complete        the answer is whole and in the history               last, or
     error           the turn failed; `retryable` tells whether to retry
 
-Only `complete` and `error` end an answer; the end of the connection means nothing. The client names the
+Only `complete` and `error` end an answer; a lost connection does not. The client chooses the ids of the
 session and the turn before it sends a message, so it may send the same POST again:
 
     POST /sessions/{session_id}/stream ──► lines ──► complete, or an error that is not retryable
@@ -28,9 +28,9 @@ session and the turn before it sends a message, so it may send the same POST aga
       └──────────────── pause ◄──────────────┘  no connection, a cut, 30 s of silence,
                                                 408, 429, 502, 503, 504, a retryable error
 
-The server then sends the turn's log from its first line. If the session_info line has the same bytes as
-before, it is the same run of the turn, and the client skips the chunks that it has. Otherwise the turn was
-run again, and the client drops the text of the earlier run.
+The server keeps the lines of a turn, and then sends them again from the first. If the session_info line has
+the same bytes as before, it is the same run of the turn, and the client skips the chunks that it has.
+Otherwise the turn was run again, and the client drops the text of the earlier run.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ from uuid import uuid4
 
 # ---- limits ------------------------------------------------------------------------------------------------
 
-SILENCE = 30  # seconds without a byte of a stream: the server sends a ping every 15 s at the latest
-REPLY_TIME = 10  # seconds without a byte of any other answer, or without a connection
-STOP_TIME = 3  # seconds in which the server must confirm a stop: a person waits
-STALL_TIME = 1  # seconds from there to the end of the stream
-RETRIES = 8  # after the first POST, and after each new chunk
+SILENCE = 30  # seconds without a byte of a stream: the server sends a ping at least every 15 s
+REPLY_TIME = 10  # seconds without a connection, or without a byte of any other answer
+STOP_TIME = 3  # seconds in which the server must confirm a stop, since the user waits
+STALL_TIME = 1  # seconds after that in which the server must end the stream
+RETRIES = 8  # the count begins again when the answer grows
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.2, 5, 60  # seconds
 RETRIED = {408, 429, 502, 503, 504}  # statuses of transient failures
-MAX_LINE = 64 << 10  # bytes: a line of the protocol is shorter
-ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")
-URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # no user, query or fragment
-WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # JSON of another shape
+MAX_LINE = 64 << 10  # bytes: the protocol's lines are shorter
+ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")  # /sessions/new is another endpoint
+URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # without user and query
+WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # of the server's JSON
 Event = dict[str, Any]
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class ChatError(Exception):
 
 
 def unexpected() -> ChatError:
-    """The error for an answer that this protocol does not have."""
+    """The error for an answer outside this protocol."""
     return ChatError("The server sent an unexpected answer. Does it speak this protocol?", "unexpected")
 
 
@@ -100,8 +100,8 @@ def lost(error: Exception) -> ChatError:
     """The error for an exception that ended a connection."""
     if isinstance(error, TimeoutError):
         return ChatError("The server was silent for too long.", "cut", retryable=True)
-    half_a_status_line = isinstance(error, http.BadStatusLine) and "HTTP/".startswith(str(error)[:5])
-    if isinstance(error, OSError | http.IncompleteRead) or half_a_status_line:
+    half_a_line = isinstance(error, http.BadStatusLine) and not str(error).endswith("\n")
+    if isinstance(error, OSError | http.IncompleteRead) or half_a_line:
         return ChatError("Connection lost.", "cut", retryable=True)
     return unexpected()
 
@@ -111,7 +111,7 @@ def refused(response: http.HTTPResponse) -> ChatError:
     status = response.status
     if 300 <= status < 400:
         place = response.headers.get("Location", "another place")
-        return ChatError(f"The server redirects to {place}: if you trust it, give it as --url.",
+        return ChatError(f"The server redirects to {place}. If you trust it, give it as --url.",
                          "unexpected", status=status)
     detail, code = f"The server answered {status} {response.reason}.", ""
     with suppress(ChatError):
@@ -131,13 +131,15 @@ def seconds_of(retry_after: str) -> float:
     return 0
 
 
-# ---- wire: bytes become lines, lines become events. It does not depend on sessions and retries. ------------
+# ---- wire: bytes become lines, and lines become events. Nothing here depends on sessions and retries. ------
 
-USED: dict[str, dict[str, type]] = {"chunk": {"text": str, "chunk_number": int}, "error": {"message": str}}
+NEEDED: dict[str, dict[str, type]] = {  # fields, without which the client cannot go on
+    "chunk": {"text": str, "chunk_number": int}, "error": {"message": str},
+}
 
 
 def read_line(response: http.HTTPResponse) -> bytes:
-    """The next line that is not blank. Raises IncompleteRead at the end of the stream, ChatError."""
+    """The next line that is not blank. Raises IncompleteRead at the end, ChatError for a line too long."""
     line = b""
     while not line.strip():
         line = response.readline(MAX_LINE)
@@ -151,16 +153,17 @@ def read_line(response: http.HTTPResponse) -> bytes:
 def event_of(line: bytes) -> Event:
     """The event in a line. Raises ChatError, KeyError or TypeError for anything else."""
     event = json_object(line)
-    for name, kind in USED.get(event["type"], {}).items():
+    for name, kind in NEEDED.get(event["type"], {}).items():
         if not isinstance(event[name], kind):
             raise unexpected()
     return event
 
 
 def read_json(response: http.HTTPResponse) -> dict[str, Any]:
-    """The JSON object that is the whole body. Raises IncompleteRead if it was cut, ChatError."""
+    """The JSON object in a body. Raises IncompleteRead if the answer was cut, ChatError for other JSON."""
     body = response.read()
-    if not body and response.length is None:  # http.client takes a head that was cut for a whole one
+    is_head_whole = response.chunked or response.length is not None  # http.client does not tell
+    if not body and not is_head_whole:
         raise http.IncompleteRead(body)
     return json_object(body)
 
@@ -174,7 +177,7 @@ def json_object(data: bytes) -> dict[str, Any]:
     raise unexpected()
 
 
-# ---- api: the endpoints. It prints nothing and does not depend on a terminal. ------------------------------
+# ---- api: the endpoints. Nothing here prints or depends on a terminal. -------------------------------------
 
 
 class Api:
@@ -198,7 +201,7 @@ class Api:
             self._headers["Authorization"] = f"Bearer {token}"
 
     def chat(self, message: str, session_id: str = "", turn_id: str = "") -> Iterator[Event]:
-        """Send a message, and yield each event of its turn once, up to `complete`, whatever is cut.
+        """Send a message, and yield each event of its turn once, up to `complete`, whatever is lost.
 
         A second `session_info` means that the turn was run again: drop the text that came before it.
         """
@@ -243,7 +246,7 @@ class Api:
     def connect(self, silence: float) -> http.HTTPConnection:
         """A new connection that waits so many seconds for each byte. Raises ChatError ("unreachable")."""
         kind = http.HTTPSConnection if self._parts.scheme == "https" else http.HTTPConnection
-        connection = kind(self._parts.netloc, timeout=min(silence, REPLY_TIME))
+        connection = kind(self._parts.netloc, timeout=min(silence, REPLY_TIME))  # to connect
         try:
             connection.connect()
         except OSError as error:
@@ -261,13 +264,13 @@ class Api:
         path = self._parts.path.rstrip("/") + path
         try:
             with closing(connection):
-                with suppress(BrokenPipeError, ConnectionResetError):  # the answer may come before the end
+                with suppress(BrokenPipeError, ConnectionResetError):  # a refusal may come earlier
                     connection.request(method, path, data, self._headers)
                 with connection.getresponse() as response:
                     if response.status != 200:
                         raise refused(response)
                     yield response
-        except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # a size of 10**15, say
+        except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # for a huge length
             raise lost(error) from error
 
 
@@ -284,10 +287,10 @@ class Turn:
     def __init__(self, api: Api, message: str, session_id: str = "", turn_id: str = "") -> None:
         self.api, self.message = api, message
         self.session_id, self.turn_id = session_id or str(uuid4()), turn_id or str(uuid4())
-        self.sent = False  # whether the server may know of this turn
+        self.sent = False  # the server may know of this turn
         self.coding = "none"  # the transfer coding of the answer
-        self.line = b""  # of the last event
-        self._socket: Any = None
+        self.line = b""  # the bytes of the last event
+        self._socket: Any = None  # http.client forgets it while the response is read
 
     def run(self, wait: Callable[[ChatError, int, float], None] | None = None) -> Iterator[Event]:
         """Send the turn, again after each transient failure. Yields each event once.
@@ -296,14 +299,14 @@ class Turn:
         error, the number of the retry and the seconds to wait. Without `wait` it sleeps.
         """
         self._chunks = 0  # the numbers 1 to this have come
-        self._others: set[bytes] = set()  # the other lines of the log
+        self._seen: set[bytes] = set()  # the lines of other events
         retries = progress = 0
         while True:
             try:
                 for event in self._post():
-                    if self._is_new(event):
+                    if self._accept(event):
                         yield event
-                    if self._chunks > progress:  # more than in any run before
+                    if self._chunks > progress:  # the answer is longer than ever before
                         retries, progress = 0, self._chunks
                     if event["type"] == "error":
                         code, retryable = str(event.get("code", "")), event.get("retryable") is True
@@ -323,7 +326,7 @@ class Turn:
                     time.sleep(seconds)
 
     def _post(self) -> Iterator[Event]:
-        """POST the turn once. Yields what comes, without end: a cut raises ChatError."""
+        """POST the turn once. Yields events until the connection is lost, which raises ChatError."""
         connection = self.api.connect(SILENCE)
         self._socket = connection.sock
         self.sent = True
@@ -334,8 +337,8 @@ class Turn:
                 self.line = read_line(response)
                 yield event_of(self.line)
 
-    def _is_new(self, event: Event) -> bool:
-        """Whether an event of the log comes for the first time. Raises ChatError if chunks are missing."""
+    def _accept(self, event: Event) -> bool:
+        """Note an event. Returns whether it is new. Raises ChatError if chunks are missing before it."""
         kind = event["type"]
         is_gap = kind == "chunk" and event["chunk_number"] > self._chunks + 1
         is_short = kind == "complete" and event.get("total_chunks", self._chunks) != self._chunks
@@ -343,13 +346,14 @@ class Turn:
             raise ChatError("A part of the answer is missing.", "cut", retryable=True)
         if kind == "chunk":
             is_new = event["chunk_number"] > self._chunks
-            self._chunks += is_new
+            self._chunks = max(self._chunks, event["chunk_number"])
             return is_new
-        is_new = kind == "ping" or self.line not in self._others
-        if kind == "session_info" and is_new:  # another run of the turn
-            self._chunks, self._others = 0, set()
-        self._others.add(self.line)
-        return is_new
+        is_new = self.line not in self._seen
+        if is_new and kind == "session_info":  # another run of the turn
+            self._chunks = 0
+            self._seen.clear()
+        self._seen.add(self.line)
+        return is_new or kind == "ping"
 
     def stop(self) -> bool:
         """Stop the turn. Returns False if it was not running."""
@@ -361,9 +365,9 @@ class Turn:
         return any(message["turn_id"] == self.turn_id for message in messages)
 
     def disconnect(self) -> None:
-        """End the connection from another thread: this wakes the one that reads."""
+        """End the connection from another thread, to wake the thread that reads."""
         with suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # TLS has one that is not for threads
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # that of TLS is not for threads
 
 
 # ---- Ctrl-C: the server ends the turn, and the answer ends as it always does -------------------------------
@@ -378,8 +382,8 @@ class StopByCtrlC:
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
         self.pressed = False
-        self._stopped = False  # the server has the end of the turn
-        self._pausing = False  # before a retry
+        self._stopped = False  # the server has confirmed the end of the turn
+        self._pausing = False  # the main thread pauses before a retry
         self._asked = threading.Event()  # the server has confirmed the stop, or will not
         self._over = threading.Event()
 
@@ -400,23 +404,26 @@ class StopByCtrlC:
         threading.Thread(target=self._stop, daemon=True).start()
 
     def _stop(self) -> None:
-        """Ask the server until it has stopped the turn: a stop that arrives before its POST has no effect."""
+        """Ask the server until it has stopped the turn: a stop that overtakes its POST has no effect."""
         deadline = time.monotonic() + STOP_TIME
-        while not self._stopped and not self._over.wait(0.1) and time.monotonic() < deadline:
+        while not self._stopped and not self._over.is_set() and time.monotonic() < deadline:
             with suppress(ChatError, *WRONG_SHAPE):
-                self._stopped = self.turn.stop() or self._pausing and self.turn.is_in_history()
+                self._stopped = self.turn.stop() or (self._pausing and self.turn.is_in_history())
             if self._pausing:
                 break
+            self._over.wait(0.1)
         self._asked.set()
-        if not self._over.wait(STALL_TIME):
+        while not self._over.wait(STALL_TIME):
             self.turn.disconnect()
+            if self._stopped:  # a retry gets the rest, for which it may need longer
+                break
 
     def pause(self, seconds: float) -> None:
-        """Pause before a retry. A turn that has ended on the server is sent again at once, to get the rest.
+        """Pause before a retry. Ctrl-C ends the pause: if the turn has ended, the retry gets the rest.
 
         Raises KeyboardInterrupt if the retry could start a turn that the user has stopped.
         """
-        if self._stopped:  # a retry has followed at once
+        if self._stopped:  # a retry can only get the rest
             time.sleep(seconds)
             return
         self._pausing = True
@@ -433,7 +440,7 @@ class StopByCtrlC:
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but newline and tab, DEL, C1
 CJK = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U00020000-\U0003fffd"
 PARTS = re.compile(rf"\n|[^\S\n]|[{CJK}]|[^\s{CJK}]+")  # newlines, spaces, CJK characters, words
-BOX_WIDTH, ID_WIDTH = 62, 8  # columns, as wide as they may be
+BOX_WIDTH, ID_WIDTH = 62, 8  # columns at most
 
 
 def escape(text: object) -> str:
@@ -442,7 +449,7 @@ def escape(text: object) -> str:
 
 
 def one_line(text: object) -> str:
-    """The same where newlines and tabs would do harm, too."""
+    """The same with newlines and tabs as escapes, too."""
     return escape(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
@@ -456,7 +463,7 @@ def columns(text: str) -> int:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, asked from itself: an exported COLUMNS may be wrong."""
+    """Columns of the terminal. The variable COLUMNS may be wrong."""
     with suppress(OSError):
         return max(20, os.get_terminal_size(sys.stdout.fileno()).columns or 80)
     return 80
@@ -468,7 +475,7 @@ class Page:
     def __init__(self, width: int) -> None:
         self.width = width
         self._column = 0  # where the next part begins
-        self._word = ""  # the word at the end of the text, as long as it may grow
+        self._word = ""  # the last word, which may still grow
 
     def add(self, text: str) -> str:
         """What to write for the next part of the text."""
@@ -488,6 +495,7 @@ class Page:
         elif self._column + size <= self.width:
             self._column += size
         elif part.isspace():
+            self._column = self.width
             return ""
         else:
             part = "\n" + part if self._column else part
@@ -524,7 +532,7 @@ def short(session_id: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:23:45."""
+    """Hours, minutes and seconds, as 1:23:45; days before them."""
     return str(timedelta(seconds=int(seconds)))
 
 
@@ -542,12 +550,12 @@ def paint(colour: str, text: str) -> str:
 
 
 def write(text: str) -> None:
-    """To standard output, at once."""
+    """Write to standard output, at once."""
     print(text, end="", flush=True)
 
 
 def say(text: str, colour: str = "") -> None:
-    """Lines for a person. A curl command has a line of its own, however long, so that it can be copied."""
+    """Sentences for a person. A curl command has a line of its own, so that it can be copied."""
     sentence, *commands = re.split("(?=curl (?:-|http))", text, maxsplit=1)
     lines = [wrap(sentence, terminal_width() - 1), *map(escape, commands)]
     write(paint(colour, "\n".join(lines)) + "\n")
@@ -557,41 +565,44 @@ def complain(text: str) -> None:
     """A line in standard error."""
     try:
         print(one_line(text), file=sys.stderr, flush=True)
-    except OSError:  # nobody reads it
+    except OSError:  # the other end is closed
         abandon(sys.stderr)
 
 
 def abandon(stream: Any) -> None:
-    """Send what is left to nowhere: otherwise the interpreter's last flush would fail, too."""
+    """Let the stream go nowhere: otherwise the last flush at the exit would fail, too."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---- keyboard: the user's lines, and what is typed while there is no prompt --------------------------------
 
 HISTORY = "~/.streamchat_history"
-PASTE_TIME = 5  # seconds without a byte after which a paste counts as ended, though its end mark is missing
-KEY_TIME = 0.05  # seconds without a byte after which nothing more is on its way
+PASTE_TIME = 5  # seconds without a byte, after which a paste counts as ended without its end mark
+KEY_TIME = 0.05  # seconds without a byte, after which no key is on its way
 PASTE = re.compile(rb"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", re.DOTALL)  # as terminals mark it
 ACTS = re.compile(rb"\x1b\[(20[01])~|[\x03\x1a\x1c]")  # a mark of a paste, Ctrl-C, Ctrl-Z or Ctrl-\
-KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)  # an arrow, say
-NOT_FATAL = {"SIGCHLD", "SIGCONT", "SIGINFO", "SIGIO", "SIGKILL", "SIGSTOP", "SIGTTIN", "SIGTTOU", "SIGURG",
-             "SIGWINCH", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}  # or Python cannot handle them
+KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)  # of an arrow, for example
+NOT_HANDLED = {  # signals that are not fatal, and those that Python cannot handle
+    "SIGCHLD", "SIGCONT", "SIGINFO", "SIGIO", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH",
+    "SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL",
+}
 
 
 class Keyboard:
     """Lines with editing, history and completion, where Python has readline.
 
-    Between two prompts, a thread keeps what is typed. None of it is sent or run by itself: it is put at the
-    next prompt, as one text. Without readline (on Windows) there is only input().
+    During an answer, a thread keeps what is typed. The next prompt shows it as one text, so that the user can
+    edit and send it. Without readline (on Windows) there is only input().
     """
 
     def __init__(self) -> None:
-        self._prompt = ""  # the last one; none while the thread listens
-        self._typed = bytearray()  # without a prompt
+        self._prompt = ""  # on the screen
+        self._typed = bytearray()  # during an answer
         self._listener = threading.Thread()
-        self._history = os.path.expanduser(HISTORY)  # which does not raise if there is no home
+        self._is_due = threading.Event()  # the listener must end: there will be a prompt
+        self._history = os.path.expanduser(HISTORY)  # which does not raise without a home
         self._readline: Any = None
-        try:  # only here, since for some terminals the import of readline prints at once
+        try:  # only here: for some terminals, readline prints as soon as it is imported
             import readline
             import termios
         except ImportError:
@@ -612,24 +623,24 @@ class Keyboard:
         self._take_terminal()
 
     def _take_terminal(self) -> None:
-        """Whatever ends or suspends the program leaves the terminal as it was found."""
+        """When a signal ends or suspends the program, the terminal is as it was found."""
         termios = self._termios
         self._found = termios.tcgetattr(sys.stdin)
-        self._open, self._silent = [*self._found], [*self._found]  # at a prompt, and between two
-        self._open[3] &= ~termios.ICANON  # in which the terminal would drop all but 4,095 bytes of a line
+        self._open, self._silent = [*self._found], [*self._found]  # at a prompt, during an answer
+        self._open[3] &= ~termios.ICANON  # the terminal would drop all but 4,095 bytes of a line
         self._silent[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
         for number in signal.valid_signals():
-            if signal.getsignal(number) is signal.SIG_DFL and getattr(number, "name", "") not in NOT_FATAL:
+            if signal.getsignal(number) is signal.SIG_DFL and getattr(number, "name", "") not in NOT_HANDLED:
                 signal.signal(number, self._give_way)
 
     def _set(self, modes: Any) -> Any:
-        """Set the modes of the terminal; return those it had. Pastes are marked in all but the found ones."""
+        """Set the modes of the terminal. Return those it had. With `_found`, it does not mark pastes."""
         before = modes
         with suppress(OSError, self._termios.error):  # the terminal was closed
             before = self._termios.tcgetattr(sys.stdin)
-            if not in_background():  # where the terminal is the shell's
+            if not in_background():  # where the terminal belongs to the shell
                 self._termios.tcsetattr(sys.stdin, self._termios.TCSADRAIN, modes)
-                if self._marks_pastes:  # print() might be at work: a signal can come at any moment
+                if self._marks_pastes:  # not print(), which a signal may have interrupted
                     os.write(sys.stdout.fileno(), b"\x1b[?2004l" if modes is self._found else b"\x1b[?2004h")
         return before
 
@@ -639,7 +650,7 @@ class Keyboard:
             self._set(self._found)
 
     def _give_way(self, number: int, _: object) -> None:
-        """Let a signal do what it always does. Only after Ctrl-Z and `fg` does the program go on."""
+        """Let a signal have its usual effect. After Ctrl-Z and `fg`, the program goes on."""
         before = self._set(self._found)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -652,18 +663,19 @@ class Keyboard:
         """Keep what is typed, until the next prompt."""
         if self._readline:
             self._set(self._silent)
-            self._prompt = ""
+            self._is_due.clear()
             self._listener = threading.Thread(target=self._keep_keys, daemon=True)
             self._listener.start()
 
     def _keep_keys(self) -> None:
-        """Ctrl-C, Ctrl-Z and Ctrl-\\ act as they always do, but not in a paste."""
+        """Read what is typed. Outside a paste, Ctrl-C, Ctrl-Z and Ctrl-\\ have their usual effect."""
         signals = {b"\x03": signal.SIGINT, b"\x1a": signal.SIGTSTP, b"\x1c": signal.SIGQUIT}
         in_paste, seen = False, 0
         while True:
             if not select.select([sys.stdin], [], [], PASTE_TIME if in_paste else KEY_TIME)[0]:
-                if self._prompt:  # it waits for this thread
+                if self._is_due.is_set():
                     return
+                in_paste = False
                 continue
             data = os.read(sys.stdin.fileno(), 65_536)
             if not data:  # the terminal was closed
@@ -675,32 +687,36 @@ class Keyboard:
                     in_paste = match[1] == b"200"
                 elif not in_paste:
                     signal.pthread_kill(threading.main_thread().ident or 0, signals[match[0]])
-            seen = max(seen, len(self._typed) - 5)  # of a mark, five bytes of six may have come
+            seen = max(seen, len(self._typed) - 5)  # the first five of a mark's six bytes may have come
 
     def read(self, prompt: str) -> str:
         """A line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
-        self._prompt = paint("1;36", prompt)
+        prompt = paint("1;36", prompt)
         if not self._readline:
-            return input(self._prompt)
+            return input(prompt)
         if self._listener.is_alive():
-            self._listener.join()  # until nothing is on its way any more
+            self._is_due.set()
+            self._listener.join()
         self._set(self._open)
         held = in_any_locale(held_text(bytes(self._typed)))
         self._typed.clear()
         self._readline.set_startup_hook(lambda: self._readline.insert_text(held))
-        no_width = r"\x1b\[[0-9;]*m"  # of a colour: readline wants to know it
-        return input(re.sub(no_width, "\x01\\g<0>\x02", self._prompt))
+        self._prompt = prompt
+        try:
+            return input(re.sub(r"\x1b\[[0-9;]*m", "\x01\\g<0>\x02", prompt))  # for readline: no width
+        finally:
+            self._prompt = ""
 
     def read_message(self, prompt: str) -> str:
         """A line, or several between three quotes at the start of a line and at the end of one."""
         text = self.read(prompt)
         if text.startswith('"""'):
             text = text[3:]
-            with suppress(EOFError):  # Ctrl-D ends it, too
+            with suppress(EOFError):  # Ctrl-D ends the message, too
                 while not text.rstrip().endswith('"""'):
                     text += "\n" + self.read("... ")
             text = text.rstrip().removesuffix('"""').strip("\n")
-            text = "/" + text if text.startswith("/") else text  # two slashes begin a message
+            text = "/" + text if text.startswith("/") else text  # not a command
         if self._readline and text.strip():
             self._readline.add_history(in_any_locale(text))
             with suppress(OSError):  # a full disk
@@ -711,7 +727,7 @@ class Keyboard:
         return text
 
     def line(self) -> str:
-        """What was in the line that Ctrl-C has ended."""
+        """What was in the line when the user pressed Ctrl-C."""
         return self._readline.get_line_buffer() if self._readline else ""
 
     def _complete(self, text: str, state: int) -> str | None:
@@ -720,14 +736,14 @@ class Keyboard:
 
 
 def in_background() -> bool:
-    """Whether the terminal belongs to other programs, after Ctrl-Z, say."""
+    """Whether the terminal belongs to another program, as it does after Ctrl-Z."""
     with suppress(OSError):
         return os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp()
     return False
 
 
 def held_text(typed: bytes) -> str:
-    """What was typed without a prompt, as one text: pastes as they are, and of other keys their text."""
+    """The keys as one text. Pastes stay as they are; of other keys, only characters and Backspace count."""
     text = ""
     for number, part in enumerate(PASTE.split(typed)):
         keys = part.decode(errors="replace").replace("\r", "\n").replace("\0", "")
@@ -735,45 +751,45 @@ def held_text(typed: bytes) -> str:
         for key in keys if is_paste else KEY.sub("", keys):
             if is_paste or not CONTROL.match(key):
                 text += key
-            elif key in "\b\x7f":  # Backspace
+            elif key in "\b\x7f":
                 text = text[:-1]
-    return text if typed.endswith(b"\x1b[201~") else text.removesuffix("\n")  # the last Enter would send it
+    return text if typed.endswith(b"\x1b[201~") else text.removesuffix("\n")  # of the last Enter
 
 
 def in_any_locale(text: str) -> str:
-    """The text as readline takes it in any locale: its bytes in UTF-8 (PEP 383)."""
+    """The text for readline, which would encode it as the locale says (PEP 383)."""
     return text.encode(errors="replace").decode("ascii", "surrogateescape")
 
 
-# ---- answer: what has come of a turn, and how it is shown --------------------------------------------------
+# ---- answer: its state, and how it is shown ----------------------------------------------------------------
 
 RETRIED_BY_HAND = {"session_busy", "session_cleared", "session_deleted"}  # codes of errors
 
 
 class Session:
-    """The session that this client is in, as far as the client knows."""
+    """What the client knows of the session that it is in."""
 
     def __init__(self, session_id: str = "", messages: int = 0, known: bool = False) -> None:
         self.session_id, self.messages = session_id or str(uuid4()), messages
-        self.known = known  # whether the server has it
+        self.known = known  # the server has it
 
 
 class Answer:
-    """What has come of a turn. `show` is the function that prints its events: show_json, _text or _screen."""
+    """The state of an answer. `show` prints its events: show_json, show_text or show_screen."""
 
     def __init__(self, turn: Turn, session: Session, show: Callable[[Answer, Event], None]) -> None:
         self.turn, self.session, self.show = turn, session, show
         self.model: Any = "?"
-        self.chunks = self.received = 0  # of this run; of all runs
-        self.retries = self.created = 0  # so often it was sent again; so often it made its session
+        self.chunks = self.received = 0  # in this run of the turn; in all runs
+        self.retries = self.created = 0  # of the turn; sessions that it made
         self.finish_reason = ""  # of the `complete` event
         self.error: ChatError | None = None
-        self.interrupted = False  # by Ctrl-C
+        self.interrupted = False  # the user pressed Ctrl-C
         self.started = self.ended = time.monotonic()
         self.page = Page(terminal_width() - 1)
         self.rule = "─" * min(BOX_WIDTH - 2, self.page.width)  # above and below the text
-        self.opened = False  # whether the head of the text is on the screen
-        self.last = ""  # character
+        self.opened = False  # the line above the text is on the screen
+        self.last_character = ""
 
     def follow(self, ctrl_c: StopByCtrlC) -> None:
         """Send the turn, and show what comes. Raises ChatError, KeyboardInterrupt."""
@@ -781,7 +797,7 @@ class Answer:
             self.retries += 1
             if self.show is not show_screen:
                 complain(f"🔄 {explain(error)} Retrying in {seconds:.1f} s ({retry} of {RETRIES}).")
-            elif retry == 1:  # one line is enough until the answer grows again
+            elif retry == 1:  # one sentence for each recovery
                 self.note(f"🔄 {explain(error)} Retrying…")
             ctrl_c.pause(seconds)
 
@@ -807,7 +823,7 @@ class Answer:
                 self.note(f"⚠ The earlier messages are gone: the server has {messages} of {expected}.")
 
     def is_given_up(self) -> bool:
-        """Whether the turn may run on, since the server has not confirmed that it has stopped it."""
+        """Whether the turn may still run, since the server has not confirmed the stop."""
         return self.turn.sent and not self.error and not self.finish_reason
 
     def status(self) -> str:
@@ -817,7 +833,7 @@ class Answer:
         return "STOPPED" if self.finish_reason in ("", "cancelled") else "SUCCESS"
 
     def note(self, sentence: str, colour: str = "33") -> None:
-        """A sentence beside the answer: on a line of its own, or in standard error."""
+        """Say something about the answer: on a line of its own, or to standard error."""
         if self.show is show_screen:
             write(self.page.end())
             say(sentence, colour)
@@ -836,17 +852,17 @@ def show_json(answer: Answer, event: Event) -> None:
 
 
 def show_text(answer: Answer, event: Event) -> None:
-    """The bare text as it came; at a terminal with escapes for control characters."""
+    """The bare text as it came; at a terminal, control characters as escapes."""
     if event["type"] == "session_info" and answer.received:
         answer.note("🔄 The turn was run again. This is its answer from the start.")
         write("\n")
     elif event["type"] == "chunk":
-        answer.last = event["text"][-1:] or answer.last
+        answer.last_character = event["text"][-1:] or answer.last_character
         write(escape(event["text"]) if sys.stdout.isatty() else event["text"])
 
 
 def show_screen(answer: Answer, event: Event) -> None:
-    """The text between two rules, with a head above it. Another run begins with another head."""
+    """The text between two rules. Another run of the turn begins between two new ones."""
     if event["type"] == "session_info":
         answer.opened = False
     elif event["type"] == "status":
@@ -861,12 +877,12 @@ def show_screen(answer: Answer, event: Event) -> None:
 
 
 def show_end(answer: Answer) -> None:
-    """Show how it ended: the rule below the text, a box with the numbers, and a sentence where it helps."""
+    """Show how the answer ended: the rule, a box with numbers, and a sentence where it helps."""
     error, reason = answer.error, answer.finish_reason
     may_be_retried = not reason
     if answer.show is show_screen:
         show_numbers(answer)
-    elif answer.show is show_text and answer.last != "\n" and (answer.last or reason):
+    elif answer.show is show_text and answer.last_character != "\n" and (answer.last_character or reason):
         write("\n")
     if error:
         may_be_retried = error.retryable or error.code in RETRIED_BY_HAND
@@ -874,7 +890,7 @@ def show_end(answer: Answer) -> None:
     elif not answer.turn.sent:
         answer.note("⚠ Your message was not sent.")
     elif not reason:
-        answer.note("⚠ The server has not confirmed the stop. It is asked again before your next message.")
+        answer.note("⚠ The server has not confirmed the stop. Your next message asks for it again.")
     elif reason == "cancelled" and not answer.interrupted:
         answer.note("⚠ The answer was stopped.")
     elif reason not in ("stop", "cancelled"):
@@ -884,7 +900,7 @@ def show_end(answer: Answer) -> None:
 
 
 def show_numbers(answer: Answer) -> None:
-    """The rule and the box, for an answer that was begun."""
+    """The rule below the text, and the box, unless the user has stopped the message before it was sent."""
     write(answer.page.end())
     if answer.opened:
         say(answer.rule, "36")
@@ -919,11 +935,12 @@ def explain(error: ChatError) -> str:
 class Client:
     """One user's chat with one server. Each method `do_…` is a command: /help prints its docstring."""
 
-    def __init__(self, api: Api, session: Session, show: Callable[[Answer, Event], None]) -> None:
-        self.api, self.session, self.show = api, session, show
-        self.answers: list[Answer] = []  # to this client's messages
+    def __init__(self, api: Api, session: Session, show: Callable[[Answer, Event], None],
+                 keyboard: Keyboard | None = None) -> None:
+        self.api, self.session, self.show, self.keyboard = api, session, show, keyboard
+        self.answers: list[Answer] = []  # to the user's own messages
         self.last: Answer | None = None
-        self.listed: list[str] = []  # session ids, in the order in which the user saw them last
+        self.listed: list[str] = []  # session ids, as /sessions has numbered them
         self.started = time.monotonic()
         self.created = 0  # sessions, by /new
 
@@ -934,6 +951,8 @@ class Client:
         """Send a turn, and show its answer up to its end, however it ends."""
         before, answer = self.last, Answer(turn, self.session, self.show)
         self.last = answer
+        if self.keyboard:
+            self.keyboard.listen()
         if is_mine:
             self.answers.append(answer)
         with StopByCtrlC(turn) as ctrl_c:
@@ -947,7 +966,7 @@ class Client:
             except KeyboardInterrupt:
                 if self.show is not show_screen:
                     raise
-            except OSError:  # nobody reads the answer
+            except OSError:  # standard output is closed
                 with suppress(ChatError):
                     turn.stop()
                 raise
@@ -967,7 +986,8 @@ class Client:
         say(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
         turn = session["latest_turn"]
         if turn and turn["state"] == "running":
-            say(f"   An answer is running there.\n\n{self.prompt()}{turn['message']}")
+            say("   An answer is running there.\n")
+            write(wrap(self.prompt() + turn["message"], terminal_width() - 1) + "\n")
             self.run(Turn(self.api, turn["message"], session_id, turn["turn_id"]), is_mine=False)
 
     def prompt(self) -> str:
@@ -975,9 +995,8 @@ class Client:
 
     def do_help(self) -> None:
         """Show all commands"""
-        rows = [f"{name:13} {getattr(Client, 'do_' + name[1:]).__doc__}" for name in COMMANDS]
         show_box("📡 COMMANDS", [
-            *[row.replace("/switch     ", "/switch N|ID", 1) for row in rows],
+            *[f"{name:13} {getattr(self, 'do_' + name[1:]).__doc__}" for name in COMMANDS],
             "//text        Send a message that begins with a slash",
             '"""           Begin, and end, a message of many lines',
             "Ctrl-C        Stop the answer; twice at the prompt: leave",
@@ -1033,7 +1052,7 @@ class Client:
         except ChatError as error:
             if error.status != 404:
                 raise
-            self.session = Session()  # a proxy before many servers does not know which of them to ask
+            self.session = Session()  # a proxy cannot know which of many servers will have it
             say("✨ A new session begins with your next message.")
             return
         self.session = Session(str(session["session_id"]), known=True)
@@ -1045,7 +1064,7 @@ class Client:
         """Show current session details"""
         session = self.api.session(self._current())
         show_report("📋 SESSION INFO", session)
-        say(f"To come back later: --session {one_line(session['session_id'])}")
+        say(f"To go on later: --session {one_line(session['session_id'])}")
 
     def do_sessions(self) -> None:
         """List all active sessions on server"""
@@ -1062,11 +1081,11 @@ class Client:
         """Go to session N of /sessions, or to ID"""
         ids = [session["session_id"] for session in self.api.sessions()]
         listed = self.listed or ids
-        start = argument.removesuffix("...")  # as the boxes and the prompt shorten it
+        start = argument.removesuffix("...")  # boxes and the prompt shorten ids
         found = [session_id for session_id in ids if session_id.startswith(start)]
         if argument.isdecimal() and 0 < int(argument) <= len(listed):
             self.enter(listed[int(argument) - 1])
-        elif argument in ids or not found:  # a proxy does not list all
+        elif argument in ids or not found:  # behind a proxy, a list may not be complete
             self.enter(argument)
         elif len(found) == 1:
             self.enter(found[0])
@@ -1111,7 +1130,7 @@ class Client:
 
 
 COMMANDS = [name.replace("do_", "/") for name in vars(Client) if name.startswith("do_")]
-REPORT = {  # the rows of /server, /health and /info, where the server tells them
+REPORT = {  # the rows of /server, /health and /info; each shows those that the server sends
     "Status": "status", "Server Uptime": "uptime_seconds", "Total Requests": "total_requests",
     "Successful": "successful_requests", "Failed": "failed_requests", "Active Sessions": "active_sessions",
     "Active Streams": "streaming_connections", "Total Sessions Created": "total_sessions_created",
@@ -1119,14 +1138,14 @@ REPORT = {  # the rows of /server, /health and /info, where the server tells the
     "Framework": "framework", "Total Messages": "message_count", "User Messages": "user_messages",
     "AI Messages": "model_messages", "Duration": "session_duration_seconds", "Created": "created_at",
 }
-FORMS: dict[str, Callable[[Any], str]] = {  # of those that are not shown as they are
+FORMS: dict[str, Callable[[Any], str]] = {  # of the fields that need one
     "uptime_seconds": duration, "session_duration_seconds": duration, "created_at": time_of_day,
     "average_response_time": "{:.3f}s".format, "session_id": short,
 }
 
 
 def show_report(title: str, told: dict[str, Any]) -> None:
-    """A box with what a server tells of itself or of a session."""
+    """A box with what the server says of itself or of a session."""
     rows = {name: FORMS.get(field, str)(told[field]) for name, field in REPORT.items() if field in told}
     if not rows:
         raise unexpected()
@@ -1134,14 +1153,14 @@ def show_report(title: str, told: dict[str, Any]) -> None:
 
 
 def open_page(url: str, name: str) -> None:
-    """The URL is shown for where there is no browser."""
+    """Open a page, and show its URL: there may be no browser."""
     say(f"📡 Opening {name} in your browser...\n   URL: {url}")
     if not webbrowser.open(url):
         say("   There is no browser here: open the URL yourself.")
 
 
 def checked(work: Callable[..., None], *arguments: str) -> None:
-    """Do it. Raises ChatError also where the server's JSON has another shape."""
+    """Do the work. Raises ChatError if the server's JSON has another shape than the work expects."""
     try:
         work(*arguments)
     except WRONG_SHAPE as error:
@@ -1149,16 +1168,16 @@ def checked(work: Callable[..., None], *arguments: str) -> None:
 
 
 def run_command(client: Client, line: str) -> None:
-    """Run a command. The beginning of its name is enough, if no other begins like this. Raises ChatError."""
+    """Run a command. The beginning of its name is enough, if only one command begins so. Raises ChatError."""
     name, *arguments = line.strip().split(maxsplit=1)
     found = [name] if name in COMMANDS else [command for command in COMMANDS if command.startswith(name)]
     if len(found) != 1:
         near = found if len(name) > 1 and found else difflib.get_close_matches(name.lower(), COMMANDS, 1)
         hint = f"Did you mean {' or '.join(near)}?" if near else "/help lists them all."
-        raise ChatError(f"Unknown command {name}. {hint} Type // to send text that starts with a slash.")
+        raise ChatError(f"Unknown command {name}. {hint} Type // to send text that begins with a slash.")
     name = found[0]
     if arguments and name != "/switch":
-        raise ChatError(f"{name} takes nothing after it.")
+        raise ChatError(f"{name} takes no argument.")
     if not arguments and name == "/switch":
         raise ChatError("/switch needs the number or the id of a session. /sessions lists them.")
     checked(getattr(client, "do_" + name[1:]), *arguments)
@@ -1168,14 +1187,14 @@ def run_command(client: Client, line: str) -> None:
 
 
 def greet(client: Client, session_id: str | None) -> None:
-    """Find the server, and the session to go on with. Raises ChatError for a wrong token, say."""
+    """Find the server and the session. Raises ChatError for a wrong token, for example."""
     say("📡 STREAMABLE HTTP CHAT CLIENT 📡", "1")
     try:
         model = one_line(client.api.stats().get("model"))
     except ChatError as error:
         if not error.retryable:
             raise
-        say(f"⚠ No server at {client.api.url}: {error}\n   Start one: python3 streamchat_server.py", "33")
+        say(f"⚠ No answer from {client.api.url}: {error}\n   Start it: python3 streamchat_server.py", "33")
         return
     say(f"🎉 Connected to {client.api.url} ({model})\n"
         "📡 HTTP chunked streaming enabled - responses will appear as they're generated!\n"
@@ -1198,7 +1217,6 @@ def converse(client: Client, keyboard: Keyboard) -> None:
         try:
             print()
             text = keyboard.read_message(client.prompt())
-            keyboard.listen()
             leaving = False
             if text.startswith("/") and not text.startswith("//"):
                 run_command(client, text)
@@ -1221,10 +1239,8 @@ def interact(api: Api, session_id: str | None) -> int:
         os.system("")  # makes a Windows console read escape sequences
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # what is not UTF-8 shows as �
     keyboard = Keyboard()
-    client = Client(api, Session(session_id or ""), show_screen)
+    client = Client(api, Session(session_id or ""), show_screen, keyboard)
     try:
-        if session_id:
-            keyboard.listen()  # an answer may be running there
         greet(client, session_id)
         converse(client, keyboard)
         client.do_stats()
@@ -1247,7 +1263,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--token", metavar="T", help="the server's token (default: STREAMCHAT_TOKEN)")
     parser.add_argument("--json", action="store_true", help="print the lines of the stream")
     parser.add_argument("message", metavar="MESSAGE", nargs="?",
-                        help="print the answer to this, and to standard input where that is piped, and end")
+                        help="print the answer to MESSAGE and to what is piped, and exit")
     arguments = parser.parse_args()
     if arguments.session is not None and not ID.fullmatch(arguments.session):
         parser.error("--session must be 1 to 64 of A-Z, a-z, 0-9, _ and -, but not new")
@@ -1262,7 +1278,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def message_of_script(parser: argparse.ArgumentParser, argument: str | None) -> str:
-    """The argument, and what is piped: after one newline, as it is."""
+    """The argument, a newline, and what is piped."""
     at_terminal = sys.stdin.isatty()
     if at_terminal and argument is None:
         complain("(Type the message. Ctrl-D on an empty line ends it.)")
@@ -1277,11 +1293,11 @@ def message_of_script(parser: argparse.ArgumentParser, argument: str | None) -> 
 
 
 def prepare_streams() -> None:
-    """Let output take all, and replace streams that were closed before the start."""
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # for the whole run
+    """Replace standard streams that are closed. Show what an encoding cannot show as escapes."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        stream.reconfigure(errors="backslashreplace")  # what has no sign for an emoji
+        stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
 
 
@@ -1298,9 +1314,9 @@ def main() -> int:
             return 130
         return 0 if answer.status() == "SUCCESS" else 1
     except KeyboardInterrupt:
-        os._exit(130)  # the interpreter's own exit would wait until standard output is taken
-    except OSError as error:  # of standard output, say; those of the network are ChatErrors
-        if not isinstance(error, BrokenPipeError):  # which says that nobody reads any more
+        os._exit(130)  # sys.exit() would wait until somebody reads standard output
+    except OSError as error:  # of standard output: those of the network are ChatErrors
+        if not isinstance(error, BrokenPipeError):  # `| head` does this
             complain(f"❌ {error.strerror or error}.")
         abandon(sys.stdout)
         return 1

@@ -413,10 +413,10 @@ class StopByCtrlC:
                 break
             self._over.wait(0.1)
         self._asked.set()
-        while not self._over.wait(STALL_TIME):
+        patience = STALL_TIME
+        while not self._over.wait(patience):
             self.turn.disconnect()
-            if self._stopped:  # a retry gets the rest, for which it may need longer
-                break
+            patience *= 2  # the rest of the answer may be long
 
     def pause(self, seconds: float) -> None:
         """Pause before a retry. Ctrl-C ends the pause: if the turn has ended, the retry gets the rest.
@@ -429,7 +429,7 @@ class StopByCtrlC:
         self._pausing = True
         self._asked.wait(seconds)
         if self.pressed:
-            self._asked.wait()
+            self._asked.wait(STOP_TIME)
             if not self._stopped:
                 raise KeyboardInterrupt
         self._pausing = False
@@ -583,7 +583,7 @@ PASTE = re.compile(rb"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", re.DOTALL)  # as termin
 ACTS = re.compile(rb"\x1b\[(20[01])~|[\x03\x1a\x1c]")  # a mark of a paste, Ctrl-C, Ctrl-Z or Ctrl-\
 KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)  # of an arrow, for example
 NOT_HANDLED = {  # signals that are not fatal, and those that Python cannot handle
-    "SIGCHLD", "SIGCONT", "SIGINFO", "SIGIO", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH",
+    "SIGCHLD", "SIGCONT", "SIGINFO", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH",
     "SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL",
 }
 
@@ -599,6 +599,7 @@ class Keyboard:
         self._prompt = ""  # on the screen
         self._typed = bytearray()  # during an answer
         self._listener = threading.Thread()
+        self._modes: Any = None  # of the terminal, before Ctrl-Z
         self._is_due = threading.Event()  # the listener must end: there will be a prompt
         self._history = os.path.expanduser(HISTORY)  # which does not raise without a home
         self._readline: Any = None
@@ -612,10 +613,11 @@ class Keyboard:
         readline.set_completer(self._complete)
         readline.set_completer_delims(" ")
         self._is_gnu = "libedit" not in (readline.__doc__ or "")
-        readline.parse_and_bind("tab: complete" if self._is_gnu else "bind ^I rl_complete")
         self._marks_pastes = self._is_gnu and os.environ.get("TERM") != "dumb"
-        if self._marks_pastes:
-            readline.parse_and_bind("set enable-bracketed-paste on")
+        settings = ["tab: complete", f"set enable-bracketed-paste {'on' if self._marks_pastes else 'off'}",
+                    "set convert-meta off", "set input-meta on", "set output-meta on"]  # UTF-8 in any locale
+        for setting in settings if self._is_gnu else ["bind ^I rl_complete"]:
+            readline.parse_and_bind(setting)
         with suppress(OSError):  # a home that cannot be read or written
             os.close(os.open(self._history, os.O_CREAT, 0o600))
             readline.read_history_file(self._history)
@@ -632,6 +634,7 @@ class Keyboard:
         for number in signal.valid_signals():
             if signal.getsignal(number) is signal.SIG_DFL and getattr(number, "name", "") not in NOT_HANDLED:
                 signal.signal(number, self._give_way)
+        signal.signal(signal.SIGCONT, self._come_back)
 
     def _set(self, modes: Any) -> Any:
         """Set the modes of the terminal. Return those it had. With `_found`, it does not mark pastes."""
@@ -650,14 +653,19 @@ class Keyboard:
             self._set(self._found)
 
     def _give_way(self, number: int, _: object) -> None:
-        """Let a signal have its usual effect. After Ctrl-Z and `fg`, the program goes on."""
-        before = self._set(self._found)
+        """Let a signal have its usual effect. After Ctrl-Z, the program goes on."""
+        self._modes = self._set(self._found)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         signal.signal(number, self._give_way)
-        self._set(before)
-        if self._prompt:
-            write(self._prompt + self._readline.get_line_buffer())
+
+    def _come_back(self, *_: object) -> None:
+        """After Ctrl-Z, `fg` gives the terminal back, but `bg` does not."""
+        if self._modes and not in_background():
+            self._set(self._modes)
+            self._modes = None
+            if self._prompt:
+                write(self._prompt + self._readline.get_line_buffer())
 
     def listen(self) -> None:
         """Keep what is typed, until the next prompt."""
@@ -781,7 +789,8 @@ class Answer:
         self.turn, self.session, self.show = turn, session, show
         self.model: Any = "?"
         self.chunks = self.received = 0  # in this run of the turn; in all runs
-        self.retries = self.created = 0  # of the turn; sessions that it made
+        self.retries = 0
+        self.created: set[bytes] = set()  # a session_info line for each session that the turn made
         self.finish_reason = ""  # of the `complete` event
         self.error: ChatError | None = None
         self.interrupted = False  # the user pressed Ctrl-C
@@ -810,12 +819,13 @@ class Answer:
         if kind == "session_info":
             self.session.known = True
             self.model, self.chunks = event.get("model"), 0
-            self.created += event.get("created") is True
+            if event.get("created") is True:
+                self.created.add(self.turn.line)
         elif kind == "chunk":
             self.chunks += 1
             self.received += 1
         elif kind == "complete":
-            self.finish_reason = str(event.get("finish_reason", "stop"))
+            self.finish_reason = str(event.get("finish_reason") or "stop")
         messages, expected = event.get("message_count", event.get("context_messages")), self.session.messages
         if isinstance(messages, int):
             self.session.messages = messages
@@ -940,6 +950,7 @@ class Client:
         self.api, self.session, self.show, self.keyboard = api, session, show, keyboard
         self.answers: list[Answer] = []  # to the user's own messages
         self.last: Answer | None = None
+        self.given_up: Turn | None = None  # the server may still run it
         self.listed: list[str] = []  # session ids, as /sessions has numbered them
         self.started = time.monotonic()
         self.created = 0  # sessions, by /new
@@ -949,17 +960,15 @@ class Client:
 
     def run(self, turn: Turn, is_mine: bool = True) -> Answer:
         """Send a turn, and show its answer up to its end, however it ends."""
-        before, answer = self.last, Answer(turn, self.session, self.show)
-        self.last = answer
+        self.last = answer = Answer(turn, self.session, self.show)
         if self.keyboard:
             self.keyboard.listen()
-        if is_mine:
-            self.answers.append(answer)
         with StopByCtrlC(turn) as ctrl_c:
             try:
-                if before and before.is_given_up() and before.turn.turn_id != turn.turn_id:
+                if self.given_up and self.given_up.turn_id != turn.turn_id:
                     with suppress(ChatError):
-                        before.turn.stop()
+                        self.given_up.stop()
+                        self.given_up = None
                 answer.follow(ctrl_c)
             except ChatError as error:
                 answer.error = error
@@ -973,6 +982,10 @@ class Client:
             answer.interrupted = ctrl_c.pressed
             answer.ended = time.monotonic()
             show_end(answer)
+        if answer.is_given_up():
+            self.given_up = turn
+        if is_mine and (turn.sent or answer.error):
+            self.answers.append(answer)
         if answer.error and answer.error.code == "session_deleted":
             self.session = Session()
         elif answer.error and answer.error.code == "session_cleared":
@@ -1009,13 +1022,13 @@ class Client:
         count = max(1, len(whole))
         show_box("📊 CLIENT SESSION STATISTICS", {
             "Client Session Duration": duration(time.monotonic() - self.started),
-            "Messages Sent": len({answer.turn.turn_id for answer in self.answers}),
+            "Messages Sent": len({answer.turn.turn_id for answer in self.answers if answer.turn.sent}),
             "Successful Streams": len(whole),
             "Recovered Streams": sum(answer.retries > 0 for answer in whole),
             "Failed Streams": len(self.answers) - len(whole),
             "Total Chunks Received": sum(answer.received for answer in self.answers),
             "Avg Chunks per Stream": f"{sum(answer.chunks for answer in whole) / count:.1f}",
-            "Sessions Created": self.created + sum(answer.created for answer in self.answers),
+            "Sessions Created": self.created + len(set().union(*[answer.created for answer in self.answers])),
             "Avg Response Time": f"{sum(answer.ended - answer.started for answer in whole) / count:.3f}s",
             "Current Session": short(self.session.session_id) if self.session.known else "-",
             "Session Messages": self.session.messages,
@@ -1080,11 +1093,11 @@ class Client:
     def do_switch(self, argument: str) -> None:
         """Go to session N of /sessions, or to ID"""
         ids = [session["session_id"] for session in self.api.sessions()]
-        listed = self.listed or ids
+        numbers = {str(number): session_id for number, session_id in enumerate(self.listed or ids, 1)}
         start = argument.removesuffix("...")  # boxes and the prompt shorten ids
         found = [session_id for session_id in ids if session_id.startswith(start)]
-        if argument.isdecimal() and 0 < int(argument) <= len(listed):
-            self.enter(listed[int(argument) - 1])
+        if argument in numbers:
+            self.enter(numbers[argument])
         elif argument in ids or not found:  # behind a proxy, a list may not be complete
             self.enter(argument)
         elif len(found) == 1:
@@ -1121,7 +1134,7 @@ class Client:
         turn = self.last.turn
         if turn.session_id != self.session.session_id:
             self.session = Session(turn.session_id)
-        self.run(turn)
+        self.run(Turn(self.api, turn.message, turn.session_id, turn.turn_id))
 
     def _current(self) -> str:
         if not self.session.known:

@@ -5782,6 +5782,8 @@ STAYS = [               # what a server does, its bytes, and the code and the wo
     ("a status line without end", flood(b"HTTP/1.1 ", b"2"), *UNEXPECTED),
     ("a header line without end", flood(b"HTTP/1.1 200 OK\r\nX: ", b"x"), *UNEXPECTED),
     ("too many header fields", flood(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), *UNEXPECTED),
+    ("an empty refusal in transfer chunks", coded().replace(b"200 OK", b"403 No"), "", "403 No"),
+    ("a status that is no number", b"HTTP/1.1 abc def\r\n", *UNEXPECTED),
     ("something that is not HTTP", b"SSH-2.0-OpenSSH_10.2\r\n", *UNEXPECTED),
 ]
 IN_VAIN = [             # what a server does again and again, its bytes, and the code of what the client raises
@@ -6594,9 +6596,10 @@ class TestTerminalClient:
     @pytest.mark.parametrize("more", [{}, {"LC_ALL": "C"}], ids=["UTF-8", "C"])
     def test_what_is_typed_in_another_encoding_does_no_harm(self, instant, more):
         with chatting(url_of(instant), "--session", session := new_id(), **more) as chat:
-            for line in ("caf\udce9", "caf\u00e9", "Hi"):
+            for line in ("\u00fcber caf\u00e9", "\u4e16\u754c", "caf\udce9", "", "Hi"):
                 chat.enter(line)
-        assert instant.history(session)[-2] == ("user", "Hi")
+        first, second, *_, last = [text for role, text in instant.history(session) if role == "user"]
+        assert (first, second) == ("\u00fcber caf\u00e9", "\u4e16\u754c") and last.endswith("Hi")
 
     @pytest.mark.parametrize("more", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])
     def test_colour_can_be_turned_off(self, instant, more):
@@ -6711,6 +6714,36 @@ class TestTerminalClientStops:
             assert rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
         assert server.history(session)[-2] == ("user", "Hi")
 
+    def test_where_nothing_was_sent_nothing_is_stopped(self):
+        stats = refusal(200, body=b'{"model":"m"}')
+        failing = stream_of(*TURN[:3], line_of("error", code="model_overloaded", message="Busy."))
+        with ScriptedServer(failing, pages={"/stats": stats}) as server, Proxy(server.server_address) as proxy, \
+                chatting(proxy.url) as chat:
+            chat.enter("Hi")
+            proxy.down()
+            for typed, sent in [("/retry", "1"), ("another", "1")]:
+                begin = chat.read
+                chat.type(typed + "\r")
+                chat.wait("Retrying")
+                chat.type(CTRL_C)
+                chat.wait("was not sent")
+                chat.wait_for_prompt()
+                assert "STOPPED" not in chat.plain[begin:]
+                rows = rows_of(chat.enter("/stats"))
+                assert (rows["Messages Sent"], rows["Failed Streams"]) == (sent, "1")
+
+    def test_a_stop_that_is_answered_slowly_is_given_up(self):
+        def drip(connection):
+            for _ in range(100):
+                connection.sendall(b"H")
+                time.sleep(0.1)
+        pages = {"/stats": refusal(200, body=b'{"model":"m"}'), "/sessions/s/stop": drip}
+        with ScriptedServer(*9 * [stream_of(*TURN[:3])], pages=pages) as server, \
+                chatting(server.url, "--session", "s", changes="client.STOP_TIME = 0.5") as chat:
+            chat.type("Hi\r")
+            chat.wait("Retrying")
+            self.press(chat)
+
 
 TYPED = [               # what is typed during an answer, and what is there at the prompt
     ("a paste", "\x1b[200~def f():\r    return 1\r\rexplain\x1b[201~", "def f():\n    return 1\n\nexplain"),
@@ -6786,14 +6819,23 @@ class TestTypedDuringAnAnswer:
 
     @pytest.mark.parametrize("marks", [("\x1b[200~", "\x1b[201~"), ("", "")], ids=["a paste", "keys"])
     def test_ctrl_c_comes_through_behind_20_000_characters_while_the_model_is_silent(self, marks):
-        with running("--model", "test_protocol:silent_or_echo", "--log", "off", PYTHONPATH=str(SERVER.parent)) as server, \
-                chatting(url_of(server)) as chat:
+        flags = "--model", "test_protocol:silent_or_echo", "--log", "off"
+        with running(*flags, PYTHONPATH=str(SERVER.parent)) as server, chatting(url_of(server)) as chat:
             chat.type("silent\r")
             assert wait_until(lambda: server.stats()["streams"])
             pressed = time.monotonic()
             self.type_in_parts(chat, ("x" * 20_000).join(marks) + CTRL_C)
             chat.wait("STOPPED")
             assert time.monotonic() - pressed < 5       # a ping, which would wake the client, comes after 10 s
+
+    def test_ctrl_c_comes_through_after_a_paste_whose_end_is_missing(self, server):
+        with chatting(url_of(server), changes="client.PASTE_TIME = 0.2") as chat:
+            chat.type(LONG + "\r")
+            chat.wait("You said: word")
+            chat.type("\x1b[200~one")
+            time.sleep(1)
+            chat.type(CTRL_C)
+            chat.wait("STOPPED.*one")
 
     def test_a_paste_that_comes_slowly_is_one_text(self, server):
         with chatting(url_of(server), "--session", session := new_id()) as chat:
@@ -6855,11 +6897,13 @@ class TestTypedDuringAnAnswer:
             chat.wait("shell> ")
             assert self.modes(chat) == before
 
+    @pytest.mark.parametrize("way_back", ["fg", "bg; fg"])
     @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
-    def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(self, server, at_prompt):
+    def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(self, server, at_prompt, way_back):
         session, message = new_id(), "word " * 80
         with self.suspended(server, session, message, at_prompt) as chat:
-            chat.type("fg\r")
+            chat.type(way_back + "\r")
+            assert wait_until(lambda: not self.modes(chat) & pytest.importorskip("termios").ECHO)
             chat.wait("STREAM COMPLETED" if not at_prompt else "You \u203a word word")
             chat.type("" if not at_prompt else "\r")
             assert wait_until(lambda: session in server.session_ids() and len(server.history(session)) == 2)
@@ -6953,6 +6997,8 @@ class TestTerminalClientRecovers:
             assert rows_of(chat.enter("/retry"))["Status"] == "SUCCESS"
             check_shown(chat, server, session)
             assert "nothing to send again" in chat.enter("/retry")
+            rows = rows_of(chat.enter("/stats"))
+            assert (rows["Messages Sent"], rows["Sessions Created"]) == ("1", "1")
         assert len(server.history(session)) == 2
 
     @waits

@@ -660,8 +660,10 @@ class Keyboard:
         signal.signal(number, self._give_way)
 
     def _come_back(self, *_: object) -> None:
-        """After Ctrl-Z, `fg` gives the terminal back, but `bg` does not."""
-        if self._modes and not in_background():
+        """After `fg`, go on. After `bg`, stop again, as all programs do that need the terminal."""
+        if in_background():
+            signal.raise_signal(signal.SIGTTOU)
+        elif self._modes:
             self._set(self._modes)
             self._modes = None
             if self._prompt:

@@ -6418,6 +6418,11 @@ class TestTerminalClient:
         assert "".join(answer.split()) == "".join(instant.history(session)[1][1].split())
         assert set(re.findall("[a-z]+", answer.partition("This")[0])) == {"word", "said", "ou"}
 
+    def test_a_tab_at_the_edge_separates_words(self, instant):
+        instant.turn("x" * 48 + "\ta b", session_id=(session := new_id()))
+        with chatting(url_of(instant), "--session", session, columns=50) as chat:
+            assert "x" * 48 + "\na b\n" in chat.enter("/history")
+
     def test_help_lists_the_commands(self, server):
         with chatting(url_of(server)) as chat:
             shown = chat.enter("/help")
@@ -6477,6 +6482,15 @@ class TestTerminalClient:
             assert instant.history(ids[0]) == [] and "question" not in chat.enter("/history")
             chat.enter("/delete")
             assert chat.session is None and instant.session_ids() & set(ids) == set(ids[1:])
+
+    def test_a_whole_id_is_not_the_beginning_of_another(self, instant):
+        session = new_id()[:11]
+        for ending in ("", "-", "-2"):
+            instant.turn("Hi", session_id=session + ending)
+        with chatting(url_of(instant)) as chat:
+            assert "Several sessions" in chat.enter(f"/switch {session[:10]}")
+            chat.enter(f"/switch {session}")
+            assert chat.session == session
 
     def test_one_slash_begins_a_command_and_two_a_message(self, instant):
         before = instant.stats()["total_requests"]
@@ -6629,6 +6643,7 @@ class TestTerminalClient:
             with chatting(proxy.url, changes="client.FIRST_PAUSE = 0.01; client.RETRIES = 1") as chat:
                 assert chat.seen().count("refused") == 1
                 assert rows_of(chat.enter("Hi"))["Status"] == "FAILED"
+                assert rows_of(chat.enter("/stats"))["Messages Sent"] == "0"
                 proxy.up()
                 assert rows_of(chat.enter("/retry"))["Status"] == "SUCCESS"
 
@@ -6705,10 +6720,22 @@ class TestTerminalClientStops:
             assert rows_of(chat.enter("/retry"))["Status"] == "SUCCESS"
         assert server.history(session)[-2] == ("user", "not lost")
 
+    def test_in_a_pause_after_the_turn_has_ended(self, instant):
+        changes = "client.FIRST_PAUSE = client.LONGEST_PAUSE = 60"
+        with Proxy(instant.address, [Fault(cut=900)]) as proxy, \
+                chatting(proxy.url, "--session", session := new_id(), changes=changes) as chat:
+            chat.type(TEXT + "\r")
+            chat.wait("Retrying")
+            assert wait_until(lambda: len(instant.history(session)) == 2)
+            chat.type(CTRL_C)
+            chat.wait("SUCCESS")
+            check_shown(chat, instant, session)
+
     @waits
     def test_while_the_server_is_away(self, serve):
         server = serve(*CALM)
-        with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
+        with Proxy(server.address) as proxy, \
+                chatting(proxy.url, "--session", session := new_id(), changes="client.STOP_TIME = 60") as chat:
             with away(proxy, chat):
                 self.press(chat)
             assert rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
@@ -6989,7 +7016,7 @@ class TestTerminalClientRecovers:
     @waits
     def test_who_gives_up_can_retry_the_same_turn(self, serve):
         server = serve(*CALM)
-        with Proxy(server.address, [Fault(cut=9)] * 2) as proxy, \
+        with Proxy(server.address, [Fault(cut=800)] * 2) as proxy, \
                 chatting(proxy.url, "--session", session := new_id(), changes="client.RETRIES = 1") as chat:
             shown = chat.enter(TEXT)
             assert rows_of(shown)["Status"] == "FAILED" and "/retry" in shown
@@ -7050,6 +7077,14 @@ class TestTerminalClientIsSafe:
             chat.wait_for_prompt()
             chat.enter("/history")
             assert chat.plain.count(r"\x1b[31mFORGED") == 4
+            self.check_safe(chat)
+
+    def test_in_the_lines_of_the_stream(self):
+        line = json.dumps({"type": "news", "text": "\u009b31m\x7f"}, ensure_ascii=False).encode() + b"\n"
+        with ScriptedServer(stream_of(INFO, line, *TURN[1:])) as server, \
+                TerminalChat(server.url, "--json", "Hi") as chat:
+            assert chat.wait_for_end() == 0
+            assert r"\x9b31m\x7f" in chat.plain
             self.check_safe(chat)
 
     def test_in_all_that_a_server_says(self, instant):

@@ -3957,7 +3957,7 @@ class TestReload:
             changed = time.monotonic()
             assert stream.check().end["code"] == "server_shutdown"
             assert time.monotonic() - changed > 4
-            chat.wait("run again")
+            chat.wait("response again")
             chat.wait_for_prompt()
             check_shown(chat, server, "s")
             assert len(server.history("s")) == 2
@@ -6798,13 +6798,15 @@ class TestTypedDuringAnAnswer:
             time.sleep(0.001)
 
     @cases(TYPED)
-    def test_it_waits_at_the_prompt_as_one_text(self, server, case):
-        self.check(server, *case[1:])
+    @waits
+    def test_it_waits_at_the_prompt_as_one_text(self, serve, case):
+        self.check(serve(*CALM), *case[1:])
 
     @pytest.mark.parametrize("more", [{"LC_ALL": "C"}, {"TERM": "dumb"}], ids=["C", "dumb"])
     @pytest.mark.parametrize("case", [TYPED[2], TYPED[-1]], ids=["lines", "other characters"])
-    def test_the_same_in_another_locale_and_at_a_dumb_terminal(self, server, case, more):
-        self.check(server, *case[1:], **more)
+    @waits
+    def test_the_same_in_another_locale_and_at_a_dumb_terminal(self, serve, case, more):
+        self.check(serve(*CALM), *case[1:], **more)
 
     def check(self, server, typed, text, **more):
         with chatting(url_of(server), "--session", session := new_id(), **more) as chat:
@@ -6821,7 +6823,9 @@ class TestTypedDuringAnAnswer:
             assert wait_until(lambda: len(server.history(session)) == 4)
             assert server.history(session)[2] == ("user", text + "+")
 
-    def test_a_paste_that_begins_in_an_answer_and_ends_at_the_prompt_is_one_text(self, server):
+    @waits
+    def test_a_paste_that_begins_in_an_answer_and_ends_at_the_prompt_is_one_text(self, serve):
+        server = serve(*CALM)
         with chatting(url_of(server), "--session", session := new_id()) as chat:
             chat.type("word " * 60 + "\r")
             chat.wait("You said: word")
@@ -6864,7 +6868,9 @@ class TestTypedDuringAnAnswer:
             chat.type(CTRL_C)
             chat.wait("STOPPED.*one")
 
-    def test_a_paste_that_comes_slowly_is_one_text(self, server):
+    @waits
+    def test_a_paste_that_comes_slowly_is_one_text(self, serve):
+        server = serve(*CALM)
         with chatting(url_of(server), "--session", session := new_id()) as chat:
             chat.type("word " * 20 + "\r")
             chat.wait("You said: word")
@@ -6880,7 +6886,9 @@ class TestTypedDuringAnAnswer:
 
     @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGALRM", "SIGABRT"])
-    def test_a_signal_that_ends_it_leaves_the_terminal_as_it_was(self, server, name, at_prompt):
+    @waits
+    def test_a_signal_that_ends_it_leaves_the_terminal_as_it_was(self, serve, name, at_prompt):
+        server = serve(*CALM)
         with TerminalChat(url_of(server)) as chat:
             before = self.modes(chat)
             chat.wait_for_prompt()
@@ -6926,8 +6934,9 @@ class TestTypedDuringAnAnswer:
 
     @pytest.mark.parametrize("way_back", ["fg", "bg; fg"])
     @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
-    def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(self, server, at_prompt, way_back):
-        session, message = new_id(), "word " * 80
+    @waits
+    def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(self, serve, at_prompt, way_back):
+        server, session, message = serve(*CALM), new_id(), "word " * 80
         with self.suspended(server, session, message, at_prompt) as chat:
             chat.type(way_back + "\r")
             assert wait_until(lambda: not self.modes(chat) & pytest.importorskip("termios").ECHO)
@@ -6939,8 +6948,9 @@ class TestTypedDuringAnAnswer:
             chat.type(CTRL_D)
 
     @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
-    def test_after_ctrl_z_it_can_be_killed(self, server, at_prompt):
-        with self.suspended(server, new_id(), LONG, at_prompt) as chat:
+    @waits
+    def test_after_ctrl_z_it_can_be_killed(self, serve, at_prompt):
+        with self.suspended(serve(*CALM), new_id(), LONG, at_prompt) as chat:
             chat.type("kill %1; kill -CONT %1; sleep 1; jobs\r")
             chat.wait("Terminated")
 

@@ -282,7 +282,7 @@ def path_of(session_id: str, rest: str = "") -> str:
 
 
 class Turn:
-    """A user's message and its names. Sent again with the same names, it is the same turn."""
+    """A user's message and its ids. Sent again with the same ids, it is the same turn."""
 
     def __init__(self, api: Api, message: str, session_id: str = "", turn_id: str = "") -> None:
         self.api, self.message = api, message

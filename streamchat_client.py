@@ -574,7 +574,7 @@ def abandon(stream: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-# ---- keyboard: the user's lines, and what is typed while there is no prompt --------------------------------
+# ---- keyboard: the user's lines, and what is typed during an answer ----------------------------------------
 
 HISTORY = "~/.streamchat_history"
 PASTE_TIME = 5  # seconds without a byte, after which a paste counts as ended without its end mark
@@ -773,8 +773,6 @@ def in_any_locale(text: str) -> str:
 
 # ---- answer: its state, and how it is shown ----------------------------------------------------------------
 
-RETRIED_BY_HAND = {"session_busy", "session_cleared", "session_deleted"}  # codes of errors
-
 
 class Session:
     """What the client knows of the session that it is in."""
@@ -897,7 +895,7 @@ def show_end(answer: Answer) -> None:
     elif answer.show is show_text and answer.last_character != "\n" and (answer.last_character or reason):
         write("\n")
     if error:
-        may_be_retried = error.retryable or error.code in RETRIED_BY_HAND
+        may_be_retried = error.retryable or error.code.startswith("session_")  # busy, cleared or deleted
         answer.note(f"❌ {explain(error)}", "31")
     elif not answer.turn.sent:
         answer.note("⚠ Your message was not sent.")

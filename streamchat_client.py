@@ -133,7 +133,7 @@ def seconds_of(retry_after: str) -> float:
 
 # ---- wire: bytes become lines, and lines become events. Nothing here depends on sessions and retries. ------
 
-NEEDED: dict[str, dict[str, type]] = {  # fields, without which the client cannot go on
+NEEDED: dict[str, dict[str, type]] = {  # the fields that the client cannot do without
     "chunk": {"text": str, "chunk_number": int}, "error": {"message": str},
 }
 
@@ -213,6 +213,7 @@ class Api:
         return answer.get("stopped") is True
 
     def new_session(self, session_id: str | None = None, model_id: str | None = None) -> dict[str, Any]:
+        """Create a session. An id that is taken raises ChatError ("session_exists")."""
         body = {"session_id": session_id or str(uuid4()), "model_id": model_id}
         return self._ask("POST", "/sessions/new", body)
 
@@ -225,10 +226,11 @@ class Api:
         return self._ask("GET", path_of(session_id))
 
     def clear(self, session_id: str) -> None:
-        """Forget the messages of a session."""
+        """Forget the messages of a session. Its running turn ends with `session_cleared`."""
         self._ask("POST", path_of(session_id, "/clear"))
 
     def delete(self, session_id: str) -> None:
+        """Delete a session. Its running turn ends with `session_deleted`."""
         self._ask("DELETE", path_of(session_id))
 
     def health(self) -> dict[str, Any]:
@@ -275,6 +277,7 @@ class Api:
 
 
 def path_of(session_id: str, rest: str = "") -> str:
+    """The path of a session, percent-encoded (RFC 3986, section 2.1)."""
     return f"/sessions/{quote(session_id, safe='', errors='replace')}{rest}"
 
 
@@ -956,6 +959,7 @@ class Client:
         self.created = 0  # sessions, by /new
 
     def send(self, message: str) -> Answer:
+        """Send a message in the current session."""
         return self.run(Turn(self.api, message, self.session.session_id))
 
     def run(self, turn: Turn, is_mine: bool = True) -> Answer:
@@ -1004,6 +1008,7 @@ class Client:
             self.run(Turn(self.api, turn["message"], session_id, turn["turn_id"]), is_mine=False)
 
     def prompt(self) -> str:
+        """What stands before the user's line."""
         return f"You [{short(self.session.session_id)}] › " if self.session.known else "You › "
 
     def do_help(self) -> None:

@@ -55,6 +55,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import client as http
+from itertools import pairwise
 from typing import Any
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
@@ -459,7 +460,7 @@ def one_line(text: object) -> str:
 def columns(text: str) -> int:
     """How many columns a terminal gives to a text: two for wide characters and emoji, none for marks."""
     total = 0
-    for char, following in zip(text, text[1:] + " ", strict=False):
+    for char, following in pairwise(text + " "):
         if unicodedata.category(char) not in ("Mn", "Me", "Cf"):
             total += 2 if unicodedata.east_asian_width(char) in "WF" or following == "\ufe0f" else 1
     return total
@@ -677,10 +678,11 @@ class Keyboard:
         if self._readline:
             self._set(self._silent)
             self._is_due.clear()
-            self._listener = threading.Thread(target=self._keep_keys, daemon=True)
+            main_thread = threading.get_ident()
+            self._listener = threading.Thread(target=self._keep_keys, args=[main_thread], daemon=True)
             self._listener.start()
 
-    def _keep_keys(self) -> None:
+    def _keep_keys(self, main_thread: int) -> None:
         """Read what is typed. Outside a paste, Ctrl-C, Ctrl-Z and Ctrl-\\ have their usual effect."""
         signals = {b"\x03": signal.SIGINT, b"\x1a": signal.SIGTSTP, b"\x1c": signal.SIGQUIT}
         in_paste, seen = False, 0
@@ -699,7 +701,7 @@ class Keyboard:
                 if match[1]:
                     in_paste = match[1] == b"200"
                 elif not in_paste:
-                    signal.pthread_kill(threading.main_thread().ident or 0, signals[match[0]])
+                    signal.pthread_kill(main_thread, signals[match[0]])  # which wakes it
             seen = max(seen, len(self._typed) - 5)  # the first five of a mark's six bytes may have come
 
     def read(self, prompt: str) -> str:

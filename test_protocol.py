@@ -7682,13 +7682,14 @@ class TestThePageShowsTheWire:
             assert abs(float(gap) - (later - earlier)) < 0.002
         chunks = [time for kind, time in zip(kinds, since, strict=True) if kind == "chunk"]
         assert all(time >= 0.1 * number for number, time in enumerate(chunks)), "earlier than the pace allows"
-        count, first, last, gap = re.fullmatch(
-            r"(\d+) chunks on 1 connection: the first after (\S+) s, the last after (\S+) s, the longest gap (\S+) s",
-            label).groups()
+        gaps = [later - earlier for earlier, later in itertools.pairwise(chunks)]
+        count, first, last, gap = re.fullmatch(     # a browser that was busy reads all chunks at once: no gap
+            r"(\d+) chunks on 1 connection: the first after (\S+) s, the last after (\S+) s"
+            r"(?:, the longest gap (\S+) s)?", label).groups("0")
         assert (int(count), float(first), float(last)) == (len(chunks), chunks[0], chunks[-1])
-        assert abs(float(gap) - max(later - earlier for earlier, later in itertools.pairwise(chunks))) < 0.002
+        assert abs(float(gap) - max(gaps)) < 0.002
         end = since[kinds.index("complete")]
-        assert 2 <= len(ticks) <= len(chunks) + 1 and abs(ticks[0] / ticks[-1] - chunks[0] / end) < 0.01
+        assert 1 <= len(ticks) <= len(chunks) + 1 and abs(ticks[0] / ticks[-1] - chunks[0] / end) < 0.01
 
     @waits
     def test_a_connection_is_dropped_and_resumed_and_a_turn_sent_again_and_stopped(self, serve, browser):

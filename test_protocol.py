@@ -6278,7 +6278,7 @@ NOT_SENT = [            # what is typed before the first message, what is said
 CTRL_A, CTRL_C, CTRL_D, CTRL_E, UP = "\x01", "\x03", "\x04", "\x05", "\x1b[A"
 RULE = "\u2500" * 60
 ONE_SECOND = "word " * 200          # a turn that runs for 1 s at the pace of the `server` fixture
-CALM = ("--chunk-delay", "0.02", "--log", "off")
+CALM = ("--chunk-delay", "0.05", "--log", "off")      # LONG takes 25 s: longer than PATIENCE
 HOSTILE_NAME = "\u91cf\u5b50 \U0001f600 " + FORGED
 HOSTILE_ANSWERS = [
     b"HTTP/1.0 409 Conflict\r\n\r\n" + json.dumps({"detail": FORGED}).encode(),
@@ -6814,6 +6814,7 @@ class TestTypedDuringAnAnswer:
             chat.wait("You said: word")
             self.type_in_parts(chat, typed)
             chat.wait("SUCCESS")
+            chat.wait_for_prompt()
             shown = b""
             while shown != chat.shown:
                 shown = chat.shown
@@ -7598,7 +7599,7 @@ class TestThePageRecovers:
         server, session = serve(*CALM), new_id()
         with opened(browser, url_of(server), f"/demo?session={session}"):
             send(browser, LONG)
-            browser.wait(f"({ARTICLES})[1]?.[1].length > 1500")
+            browser.wait(f"({ARTICLES})[1]?.[1].length > 500")
             assert server.readers(session) == [1]
             with browser.tab():
                 assert wait_until(lambda: server.readers(session) == [0])

@@ -8250,9 +8250,9 @@ class TestThePageIsForEveryone:
             return browser.run('const {scrollTop, scrollHeight, clientHeight} = document.querySelector("#log");'
                                "return [scrollTop, scrollHeight - clientHeight - scrollTop];")
 
-        with visited(browser, serve("--chunk-delay", "0.01", "--log", "off")):
+        with visited(browser, serve(*CALM)):
             emulate(browser, "prefers-reduced-motion", "no-preference")
-            send(browser, "line\n" * 3000)
+            send(browser, LONG)
             browser.wait('document.querySelector("[role=log]").ariaBusy === "true" && document.getAnimations().length')
             emulate(browser, "prefers-reduced-motion", "reduce")
             browser.wait("!document.getAnimations().length")

@@ -6940,7 +6940,8 @@ class TestTypedDuringAnAnswer:
     @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
     @waits
     def test_after_ctrl_z_it_can_be_killed(self, serve, at_prompt):
-        with self.suspended(serve(*CALM), new_id(), LONG, at_prompt) as chat:
+        message = "word word" if at_prompt else LONG
+        with self.suspended(serve(*CALM), new_id(), message, at_prompt) as chat:
             chat.type("kill %1; kill -CONT %1; sleep 1; jobs\r")
             chat.wait("Terminated")
 

@@ -72,7 +72,7 @@ RETRIED = {408, 429, 502, 503, 504}  # statuses of transient failures
 MAX_LINE = 64 << 10  # bytes: the protocol's lines are shorter
 ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")  # /sessions/new is another endpoint
 URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # without user and query
-WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)  # of the server's JSON
+WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)  # of JSON
 Event = dict[str, Any]
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def refused(response: http.HTTPResponse) -> ChatError:
         return ChatError(f"The server redirects to {place}. If you trust it, give it as --url.",
                          "unexpected", status=status)
     detail, code = f"The server answered {status} {response.reason}.", ""
-    with suppress(ChatError):
+    with suppress(ChatError, *WRONG_SHAPE):
         problem = read_json(response)
         if isinstance(problem.get("detail"), str):
             detail, code = problem["detail"], str(problem.get("code", ""))
@@ -134,10 +134,6 @@ def seconds_of(retry_after: str) -> float:
 
 # ---- wire: bytes become lines, and lines become events. Nothing here depends on sessions and retries. ------
 
-NEEDED: dict[str, dict[str, type]] = {  # the fields that the client cannot do without
-    "chunk": {"text": str, "chunk_number": int}, "error": {"message": str},
-}
-
 
 def read_line(response: http.HTTPResponse) -> bytes:
     """The next line that is not blank. Raises IncompleteRead at the end, ChatError for a line too long."""
@@ -152,30 +148,24 @@ def read_line(response: http.HTTPResponse) -> bytes:
 
 
 def event_of(line: bytes) -> Event:
-    """The event in a line. Raises ChatError, KeyError or TypeError for anything else."""
-    event = json_object(line)
-    for name, kind in NEEDED.get(event["type"], {}).items():
-        if not isinstance(event[name], kind):
-            raise unexpected()
-    return event
+    """The event in a line, with the fields that the client needs. Raises ChatError or ValueError."""
+    match event := json.loads(line):
+        case {"type": "chunk", "text": str(), "chunk_number": int()} | {"type": "error", "message": str()}:
+            return event
+        case {"type": str(kind)} if kind not in ("chunk", "error"):
+            return event
+    raise unexpected()
 
 
 def read_json(response: http.HTTPResponse) -> dict[str, Any]:
-    """The JSON object in a body. Raises IncompleteRead if the answer was cut, ChatError for other JSON."""
+    """The JSON object in a body. Raises IncompleteRead if the answer was cut."""
     body = response.read()
-    is_head_whole = response.chunked or response.length is not None  # http.client does not tell
-    if not body and not is_head_whole:
+    if not body and not response.chunked and response.length is None:  # a head that was cut
         raise http.IncompleteRead(body)
-    return json_object(body)
-
-
-def json_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in these bytes. Raises ChatError for anything else."""
-    with suppress(ValueError, RecursionError):
-        value = json.loads(data)
-        if isinstance(value, dict):
-            return value
-    raise unexpected()
+    value = json.loads(body)
+    if not isinstance(value, dict):
+        raise unexpected()
+    return value
 
 
 # ---- api: the endpoints. Nothing here prints or depends on a terminal. -------------------------------------
@@ -189,14 +179,13 @@ class Api:
 
     def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None) -> None:
         """Raises ValueError for a bad URL or token. A path is kept, for a server behind a proxy."""
-        parts = urlsplit(url)
+        self.url = url.rstrip("/")
+        self._parts = parts = urlsplit(self.url)
         if not URL.fullmatch(url) or not parts.hostname or parts.port == 0:
             raise ValueError(f"{url!r} is not like http://HOST:PORT")
         parts.hostname.encode("idna")  # raises ValueError for a name that no machine can have
         if not re.fullmatch("[!-~]*", token or ""):
             raise ValueError("a token is printable ASCII without spaces")
-        self.url = url.rstrip("/")
-        self._parts = parts
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -264,16 +253,15 @@ class Api:
                  body: Any) -> Iterator[http.HTTPResponse]:
         """Send a request, give its response if the status is 200, and close the connection in the end."""
         data = None if body is None else json.dumps(body).encode()
-        path = self._parts.path.rstrip("/") + path
         try:
             with closing(connection):
-                with suppress(BrokenPipeError, ConnectionResetError):  # a refusal may come earlier
-                    connection.request(method, path, data, self._headers)
+                with suppress(BrokenPipeError, ConnectionResetError):  # by a refusal before all was sent
+                    connection.request(method, self._parts.path + path, data, self._headers)
                 with connection.getresponse() as response:
                     if response.status != 200:
                         raise refused(response)
                     yield response
-        except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # for a huge length
+        except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # by a huge length
             raise lost(error) from error
 
 
@@ -294,24 +282,25 @@ class Turn:
         self.sent = False  # the server may know of this turn
         self.coding = "none"  # the transfer coding of the answer
         self.line = b""  # the bytes of the last event
-        self._socket: Any = None  # http.client forgets it while the response is read
+        self.chunks = 0  # the numbers 1 to this have come
+        self._seen: set[bytes] = set()  # the lines of other events
+        self._socket: Any = None  # of the connection, which drops it while the response is read
 
-    def run(self, wait: Callable[[ChatError, int, float], None] | None = None) -> Iterator[Event]:
+    def run(self, wait: Callable[[ChatError, int, float], None] =
+            lambda error, retry, seconds: time.sleep(seconds)) -> Iterator[Event]:
         """Send the turn, again after each transient failure. Yields each event once.
 
         Ends after `complete`; any other end raises ChatError. Before each retry it calls `wait` with the
-        error, the number of the retry and the seconds to wait. Without `wait` it sleeps.
+        error, the number of the retry and the seconds to wait.
         """
-        self._chunks = 0  # the numbers 1 to this have come
-        self._seen: set[bytes] = set()  # the lines of other events
         retries = progress = 0
         while True:
             try:
                 for event in self._post():
                     if self._accept(event):
                         yield event
-                    if self._chunks > progress:  # the answer is longer than ever before
-                        retries, progress = 0, self._chunks
+                    if self.chunks > progress:  # the answer is longer than ever before
+                        retries, progress = 0, self.chunks
                     if event["type"] == "error":
                         code, retryable = str(event.get("code", "")), event.get("retryable") is True
                         raise ChatError(event["message"], code, retryable)
@@ -322,12 +311,8 @@ class Turn:
                     raise
                 longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** retries)
                 pause = longest * random.uniform(0.5, 1)  # or all clients would come back at the same moment
-                seconds = max(pause, min(error.retry_after, LONGEST_RETRY_AFTER))
                 retries += 1
-                if wait:
-                    wait(error, retries, seconds)
-                else:
-                    time.sleep(seconds)
+                wait(error, retries, max(pause, min(error.retry_after, LONGEST_RETRY_AFTER)))
 
     def _post(self) -> Iterator[Event]:
         """POST the turn once. Yields events until the connection is lost, which raises ChatError."""
@@ -344,17 +329,17 @@ class Turn:
     def _accept(self, event: Event) -> bool:
         """Note an event. Returns whether it is new. Raises ChatError if chunks are missing before it."""
         kind = event["type"]
-        is_gap = kind == "chunk" and event["chunk_number"] > self._chunks + 1
-        is_short = kind == "complete" and event.get("total_chunks", self._chunks) != self._chunks
+        is_gap = kind == "chunk" and event["chunk_number"] > self.chunks + 1
+        is_short = kind == "complete" and event.get("total_chunks", self.chunks) != self.chunks
         if is_gap or is_short:
             raise ChatError("A part of the answer is missing.", "cut", retryable=True)
         if kind == "chunk":
-            is_new = event["chunk_number"] > self._chunks
-            self._chunks = max(self._chunks, event["chunk_number"])
+            is_new = event["chunk_number"] > self.chunks
+            self.chunks = max(self.chunks, event["chunk_number"])
             return is_new
         is_new = self.line not in self._seen
         if is_new and kind == "session_info":  # another run of the turn
-            self._chunks = 0
+            self.chunks = 0
             self._seen.clear()
         self._seen.add(self.line)
         return is_new or kind == "ping"
@@ -371,7 +356,7 @@ class Turn:
     def disconnect(self) -> None:
         """End the connection from another thread, to wake the thread that reads."""
         with suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # that of TLS is not for threads
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # TLS has its own, not for threads
 
 
 # ---- Ctrl-C: the server ends the turn, and the answer ends as it always does -------------------------------
@@ -391,11 +376,10 @@ class StopByCtrlC:
         self._asked = threading.Event()  # the server has confirmed the stop, or will not
         self._over = threading.Event()
 
-    def __enter__(self) -> StopByCtrlC:
+    def __enter__(self) -> None:
         self._before = signal.getsignal(signal.SIGINT)
         if self._before is not signal.SIG_IGN:  # a shell ignores it for programs in the background
             signal.signal(signal.SIGINT, self._press)
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
@@ -413,21 +397,21 @@ class StopByCtrlC:
         while not self._stopped and not self._over.is_set() and time.monotonic() < deadline:
             with suppress(ChatError, *WRONG_SHAPE):
                 self._stopped = self.turn.stop() or (self._pausing and self.turn.is_in_history())
-            if self._pausing:
+            if self._pausing:  # no POST is on its way
                 break
             self._over.wait(0.1)
         self._asked.set()
         patience = STALL_TIME
         while not self._over.wait(patience):
-            self.turn.disconnect()
-            patience *= 2  # the rest of the answer may be long
+            self.turn.disconnect()  # the stream has stalled: a retry gets the rest
+            patience *= 2  # which may be long
 
     def pause(self, seconds: float) -> None:
         """Pause before a retry. Ctrl-C ends the pause: if the turn has ended, the retry gets the rest.
 
         Raises KeyboardInterrupt if the retry could start a turn that the user has stopped.
         """
-        if self._stopped:  # a retry can only get the rest
+        if self._stopped:  # a retry can only get the rest, and _asked would not wait
             time.sleep(seconds)
             return
         self._pausing = True
@@ -600,10 +584,9 @@ class Keyboard:
     """
 
     def __init__(self) -> None:
-        self._prompt = ""  # on the screen
+        self._prompt = ""  # what stands before the user's line, while they write it
         self._typed = bytearray()  # during an answer
         self._listener = threading.Thread()
-        self._modes: Any = None  # of the terminal, before Ctrl-Z
         self._is_due = threading.Event()  # the listener must end: there will be a prompt
         self._history = os.path.expanduser(HISTORY)  # which does not raise without a home
         self._readline: Any = None
@@ -615,7 +598,7 @@ class Keyboard:
         self._readline, self._termios = readline, termios
         readline.set_auto_history(False)
         readline.set_completer(self._complete)
-        readline.set_completer_delims(" ")
+        readline.set_completer_delims("")
         self._is_gnu = "libedit" not in (readline.__doc__ or "")
         self._marks_pastes = self._is_gnu and os.environ.get("TERM") != "dumb"
         settings = ["tab: complete", f"set enable-bracketed-paste {'on' if self._marks_pastes else 'off'}",
@@ -638,14 +621,13 @@ class Keyboard:
         for number in signal.valid_signals():
             if signal.getsignal(number) is signal.SIG_DFL and getattr(number, "name", "") not in NOT_HANDLED:
                 signal.signal(number, self._give_way)
-        signal.signal(signal.SIGCONT, self._come_back)
 
     def _set(self, modes: Any) -> Any:
-        """Set the modes of the terminal. Return those it had. With `_found`, it does not mark pastes."""
+        """Set the modes of the terminal. Return those it had. Only in `_found` it marks no pastes."""
         before = modes
         with suppress(OSError, self._termios.error):  # the terminal was closed
             before = self._termios.tcgetattr(sys.stdin)
-            if not in_background():  # where the terminal belongs to the shell
+            if not in_background():  # there, the terminal is the shell's
                 self._termios.tcsetattr(sys.stdin, self._termios.TCSADRAIN, modes)
                 if self._marks_pastes:  # not print(), which a signal may have interrupted
                     os.write(sys.stdout.fileno(), b"\x1b[?2004l" if modes is self._found else b"\x1b[?2004h")
@@ -657,21 +639,16 @@ class Keyboard:
             self._set(self._found)
 
     def _give_way(self, number: int, _: object) -> None:
-        """Let a signal have its usual effect. After Ctrl-Z, the program goes on."""
-        self._modes = self._set(self._found)
+        """Let a signal have its usual effect. After Ctrl-Z and `fg`, the program goes on here."""
+        modes = self._set(self._found)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
-        signal.signal(number, self._give_way)
-
-    def _come_back(self, *_: object) -> None:
-        """After `fg`, go on. After `bg`, stop again, as all programs do that need the terminal."""
-        if in_background():
+        while in_background():  # after `bg`: stop again, as all programs do that need the terminal
             signal.raise_signal(signal.SIGTTOU)
-        elif self._modes:
-            self._set(self._modes)
-            self._modes = None
-            if self._prompt:
-                write(self._prompt + self._readline.get_line_buffer())
+        signal.signal(number, self._give_way)
+        self._set(modes)
+        if self._prompt:
+            write(self._prompt + self._readline.get_line_buffer())
 
     def listen(self) -> None:
         """Keep what is typed, until the next prompt."""
@@ -702,7 +679,7 @@ class Keyboard:
                     in_paste = match[1] == b"200"
                 elif not in_paste:
                     signal.pthread_kill(main_thread, signals[match[0]])  # which wakes it
-            seen = max(seen, len(self._typed) - 5)  # the first five of a mark's six bytes may have come
+            seen = max(seen, len(self._typed) - 5)  # a mark has six bytes: five may have come
 
     def read(self, prompt: str) -> str:
         """A line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
@@ -746,7 +723,7 @@ class Keyboard:
         return self._readline.get_line_buffer() if self._readline else ""
 
     def _complete(self, text: str, state: int) -> str | None:
-        names = [name for name in COMMANDS if name.startswith(text) and self._readline.get_begidx() == 0]
+        names = [name for name in COMMANDS if name.startswith(text)]
         return [*names, None][state]
 
 
@@ -779,33 +756,25 @@ def in_any_locale(text: str) -> str:
 # ---- answer: its state, and how it is shown ----------------------------------------------------------------
 
 
-class Session:
-    """What the client knows of the session that it is in."""
-
-    def __init__(self, session_id: str = "", messages: int = 0, known: bool = False) -> None:
-        self.session_id, self.messages = session_id or str(uuid4()), messages
-        self.known = known  # the server has it
-
-
 class Answer:
     """The state of an answer. `show` prints its events: show_json, show_text or show_screen."""
 
-    def __init__(self, turn: Turn, session: Session, show: Callable[[Answer, Event], None]) -> None:
-        self.turn, self.session, self.show = turn, session, show
+    def __init__(self, turn: Turn, client: Client) -> None:
+        self.turn, self.client, self.show = turn, client, client.show
         self.model: Any = "?"
-        self.chunks = self.received = 0  # in this run of the turn; in all runs
+        self.received = 0  # chunks, in all runs of the turn
         self.retries = 0
-        self.created: set[bytes] = set()  # a session_info line for each session that the turn made
+        self.created: set[bytes] = set()  # session_info lines: a /retry gets the same one again
         self.finish_reason = ""  # of the `complete` event
         self.error: ChatError | None = None
-        self.interrupted = False  # the user pressed Ctrl-C
+        self.ctrl_c = StopByCtrlC(turn)
         self.started = self.ended = time.monotonic()
         self.page = Page(terminal_width() - 1)
         self.rule = "─" * min(BOX_WIDTH - 2, self.page.width)  # above and below the text
         self.opened = False  # the line above the text is on the screen
         self.last_character = ""
 
-    def follow(self, ctrl_c: StopByCtrlC) -> None:
+    def follow(self) -> None:
         """Send the turn, and show what comes. Raises ChatError, KeyboardInterrupt."""
         def wait(error: ChatError, retry: int, seconds: float) -> None:
             self.retries += 1
@@ -813,7 +782,7 @@ class Answer:
                 complain(f"🔄 {explain(error)} Retrying in {seconds:.1f} s ({retry} of {RETRIES}).")
             elif retry == 1:  # one sentence for each recovery
                 self.note(f"🔄 {explain(error)} Retrying…")
-            ctrl_c.pause(seconds)
+            self.ctrl_c.pause(seconds)
 
         for event in self.turn.run(wait):
             self._take(event)
@@ -822,24 +791,19 @@ class Answer:
     def _take(self, event: Event) -> None:
         kind = event["type"]
         if kind == "session_info":
-            self.session.known = True
-            self.model, self.chunks = event.get("model"), 0
+            self.client.known = True
+            self.model = event.get("model")
             if event.get("created") is True:
                 self.created.add(self.turn.line)
         elif kind == "chunk":
-            self.chunks += 1
             self.received += 1
         elif kind == "complete":
             self.finish_reason = str(event.get("finish_reason") or "stop")
-        messages, expected = event.get("message_count", event.get("context_messages")), self.session.messages
+        messages, expected = event.get("message_count", event.get("context_messages")), self.client.messages
         if isinstance(messages, int):
-            self.session.messages = messages
+            self.client.messages = messages
             if messages < expected:
                 self.note(f"⚠ The earlier messages are gone: the server has {messages} of {expected}.")
-
-    def is_given_up(self) -> bool:
-        """Whether the turn may still run, since the server has not confirmed the stop."""
-        return self.turn.sent and not self.error and not self.finish_reason
 
     def status(self) -> str:
         """SUCCESS, STOPPED or FAILED."""
@@ -882,7 +846,7 @@ def show_screen(answer: Answer, event: Event) -> None:
         answer.opened = False
     elif event["type"] == "status":
         again = " again" if answer.received else ""
-        answer.note(f"💭 Generating response{again}... (Context: {answer.session.messages} messages)", "2")
+        answer.note(f"💭 Generating response{again}... (Context: {answer.client.messages} messages)", "2")
     elif event["type"] == "chunk" and event["text"]:
         if not answer.opened:
             answer.opened = True
@@ -894,38 +858,36 @@ def show_screen(answer: Answer, event: Event) -> None:
 def show_end(answer: Answer) -> None:
     """Show how the answer ended: the rule, a box with numbers, and a sentence where it helps."""
     error, reason = answer.error, answer.finish_reason
-    may_be_retried = not reason
     if answer.show is show_screen:
-        show_numbers(answer)
+        write(answer.page.end())
+        if answer.opened:
+            say(answer.rule, "36")
+        if answer.turn.sent or error:
+            show_numbers(answer)
     elif answer.show is show_text and answer.last_character != "\n" and (answer.last_character or reason):
-        write("\n")
+        write("\n")  # after an empty answer too, but not after a failure without text
     if error:
-        may_be_retried = error.retryable or error.code.startswith("session_")  # busy, cleared or deleted
         answer.note(f"❌ {explain(error)}", "31")
     elif not answer.turn.sent:
         answer.note("⚠ Your message was not sent.")
     elif not reason:
         answer.note("⚠ The server has not confirmed the stop. Your next message asks for it again.")
-    elif reason == "cancelled" and not answer.interrupted:
+    elif reason == "cancelled" and not answer.ctrl_c.pressed:
         answer.note("⚠ The answer was stopped.")
     elif reason not in ("stop", "cancelled"):
         answer.note(f"⚠ The model ended the answer early ({reason}).")
-    if may_be_retried and answer.show is show_screen:
+    is_final = error and not error.retryable and not error.code.startswith("session_")  # busy or gone
+    if answer.show is show_screen and not reason and not is_final:
         say("   /retry sends your message again.")
 
 
 def show_numbers(answer: Answer) -> None:
-    """The rule below the text, and the box, unless the user has stopped the message before it was sent."""
-    write(answer.page.end())
-    if answer.opened:
-        say(answer.rule, "36")
-    if not answer.turn.sent and not answer.error:
-        return
+    """The box below an answer."""
     status, now = answer.status(), datetime.now().strftime("%H:%M:%S.%f")[:-3]
     rows: dict[str, Any] = {
-        "Total Chunks": answer.chunks,
+        "Total Chunks": answer.turn.chunks,
         "Total Time": f"{answer.ended - answer.started:.3f}s",
-        "Context Messages": answer.session.messages,
+        "Context Messages": answer.client.messages,
         "Transfer-Encoding": answer.turn.coding,
         "Status": status,
     }
@@ -950,9 +912,10 @@ def explain(error: ChatError) -> str:
 class Client:
     """One user's chat with one server. Each method `do_…` is a command: /help prints its docstring."""
 
-    def __init__(self, api: Api, session: Session, show: Callable[[Answer, Event], None],
+    def __init__(self, api: Api, session_id: str | None, show: Callable[[Answer, Event], None],
                  keyboard: Keyboard | None = None) -> None:
-        self.api, self.session, self.show, self.keyboard = api, session, show, keyboard
+        self.api, self.show, self.keyboard = api, show, keyboard
+        self.begin(session_id)
         self.answers: list[Answer] = []  # to the user's own messages
         self.last: Answer | None = None
         self.given_up: Turn | None = None  # the server may still run it
@@ -960,22 +923,26 @@ class Client:
         self.started = time.monotonic()
         self.created = 0  # sessions, by /new
 
+    def begin(self, session_id: str | None = None, messages: int = 0, known: bool = False) -> None:
+        """Make a session the current one. `known` tells whether the server has it."""
+        self.session_id, self.messages, self.known = session_id or str(uuid4()), messages, known
+
     def send(self, message: str) -> Answer:
         """Send a message in the current session."""
-        return self.run(Turn(self.api, message, self.session.session_id))
+        return self.run(Turn(self.api, message, self.session_id))
 
     def run(self, turn: Turn, is_mine: bool = True) -> Answer:
         """Send a turn, and show its answer up to its end, however it ends."""
-        self.last = answer = Answer(turn, self.session, self.show)
+        self.last = answer = Answer(turn, self)
         if self.keyboard:
             self.keyboard.listen()
-        with StopByCtrlC(turn) as ctrl_c:
+        with answer.ctrl_c:
             try:
-                if self.given_up and self.given_up.turn_id != turn.turn_id:
+                if self.given_up and self.given_up.turn_id != turn.turn_id:  # no /retry of it
                     with suppress(ChatError):
                         self.given_up.stop()
                         self.given_up = None
-                answer.follow(ctrl_c)
+                answer.follow()
             except ChatError as error:
                 answer.error = error
             except KeyboardInterrupt:
@@ -985,23 +952,22 @@ class Client:
                 with suppress(ChatError):
                     turn.stop()
                 raise
-            answer.interrupted = ctrl_c.pressed
             answer.ended = time.monotonic()
             show_end(answer)
-        if answer.is_given_up():
+        if turn.sent and not answer.error and not answer.finish_reason:  # no stop was confirmed
             self.given_up = turn
-        if is_mine and (turn.sent or answer.error):
+        if is_mine and (turn.sent or answer.error):  # not what Ctrl-C stopped before it was sent
             self.answers.append(answer)
         if answer.error and answer.error.code == "session_deleted":
-            self.session = Session()
+            self.begin()
         elif answer.error and answer.error.code == "session_cleared":
-            self.session.messages = 0
+            self.messages = 0
         return answer
 
     def enter(self, session_id: str) -> None:
         """Make a session of the server the current one. If a turn is running there, show it."""
         session = self.api.session(session_id)
-        self.session = Session(session_id, int(session["message_count"]), known=True)
+        self.begin(session_id, int(session["message_count"]), known=True)
         say(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
         turn = session["latest_turn"]
         if turn and turn["state"] == "running":
@@ -1011,7 +977,7 @@ class Client:
 
     def prompt(self) -> str:
         """What stands before the user's line."""
-        return f"You [{short(self.session.session_id)}] › " if self.session.known else "You › "
+        return f"You [{short(self.session_id)}] › " if self.known else "You › "
 
     def do_help(self) -> None:
         """Show all commands"""
@@ -1034,11 +1000,11 @@ class Client:
             "Recovered Streams": sum(answer.retries > 0 for answer in whole),
             "Failed Streams": len(self.answers) - len(whole),
             "Total Chunks Received": sum(answer.received for answer in self.answers),
-            "Avg Chunks per Stream": f"{sum(answer.chunks for answer in whole) / count:.1f}",
+            "Avg Chunks per Stream": f"{sum(answer.turn.chunks for answer in whole) / count:.1f}",
             "Sessions Created": self.created + len(set().union(*[answer.created for answer in self.answers])),
             "Avg Response Time": f"{sum(answer.ended - answer.started for answer in whole) / count:.3f}s",
-            "Current Session": short(self.session.session_id) if self.session.known else "-",
-            "Session Messages": self.session.messages,
+            "Current Session": short(self.session_id) if self.known else "-",
+            "Session Messages": self.messages,
         })
 
     def do_server(self) -> None:
@@ -1072,10 +1038,10 @@ class Client:
         except ChatError as error:
             if error.status != 404:
                 raise
-            self.session = Session()  # a proxy cannot know which of many servers will have it
+            self.begin()  # a proxy cannot know which of many servers will have it
             say("✨ A new session begins with your next message.")
             return
-        self.session = Session(str(session["session_id"]), known=True)
+        self.begin(str(session["session_id"]), known=True)
         self.created += 1
         say(f"✨ New session created successfully!\n   Session ID: {short(session['session_id'])}\n"
             f"   Model: {session['model']}")
@@ -1092,7 +1058,7 @@ class Client:
         self.listed = [session["session_id"] for session in sessions]
         for number, session in enumerate(sessions, 1):
             age, created = duration(session["duration_minutes"] * 60), time_of_day(session["created_at"])
-            mark = " ← CURRENT" if session["session_id"] == self.session.session_id else ""
+            mark = " ← CURRENT" if session["session_id"] == self.session_id else ""
             told = f"({session['message_count']} msgs, {age}, {created})"
             rows.append(f"{number}. {short(session['session_id'])} {told}{mark}")
         show_box(f"📋 ALL ACTIVE SESSIONS ({len(sessions)})", rows)
@@ -1104,25 +1070,24 @@ class Client:
         start = argument.removesuffix("...")  # boxes and the prompt shorten ids
         found = [session_id for session_id in ids if session_id.startswith(start)]
         if argument in numbers:
-            self.enter(numbers[argument])
+            found = [numbers[argument]]
         elif argument in ids or not found:  # behind a proxy, a list may not be complete
-            self.enter(argument)
-        elif len(found) == 1:
-            self.enter(found[0])
-        else:
+            found = [argument]
+        if len(found) > 1:
             raise ChatError(f"Several sessions begin with {start}. /sessions lists them.")
+        self.enter(found[0])
 
     def do_reset(self) -> None:
         """Clear current session history"""
         self.api.clear(self._current())
-        self.session.messages = 0
+        self.messages = 0
         say("🧹 The history of the session is cleared.")
 
     def do_delete(self) -> None:
         """Delete current session"""
         session_id = self._current()
         self.api.delete(session_id)
-        self.session = Session()
+        self.begin()
         say(f"🧹 Session {short(session_id)} is deleted. Your next message begins a new one.")
 
     def do_history(self) -> None:
@@ -1139,14 +1104,14 @@ class Client:
         if not self.last or self.last.finish_reason:
             raise ChatError("There is nothing to send again: no message has failed.")
         turn = self.last.turn
-        if turn.session_id != self.session.session_id:
-            self.session = Session(turn.session_id)
+        if turn.session_id != self.session_id:
+            self.begin(turn.session_id)
         self.run(Turn(self.api, turn.message, turn.session_id, turn.turn_id))
 
     def _current(self) -> str:
-        if not self.session.known:
+        if not self.known:
             raise ChatError("There is no session yet. Send a message, or type /new.")
-        return self.session.session_id
+        return self.session_id
 
 
 COMMANDS = [name.replace("do_", "/") for name in vars(Client) if name.startswith("do_")]
@@ -1179,14 +1144,6 @@ def open_page(url: str, name: str) -> None:
         say("   There is no browser here: open the URL yourself.")
 
 
-def checked(work: Callable[..., None], *arguments: str) -> None:
-    """Do the work. Raises ChatError if the server's JSON has another shape than the work expects."""
-    try:
-        work(*arguments)
-    except WRONG_SHAPE as error:
-        raise unexpected() from error
-
-
 def run_command(client: Client, line: str) -> None:
     """Run a command. The beginning of its name is enough, if only one command begins so. Raises ChatError."""
     name, *arguments = line.strip().split(maxsplit=1)
@@ -1200,7 +1157,10 @@ def run_command(client: Client, line: str) -> None:
         raise ChatError(f"{name} takes no argument.")
     if not arguments and name == "/switch":
         raise ChatError("/switch needs the number or the id of a session. /sessions lists them.")
-    checked(getattr(client, "do_" + name[1:]), *arguments)
+    try:
+        getattr(client, "do_" + name[1:])(*arguments)
+    except WRONG_SHAPE as error:  # of the server's JSON
+        raise unexpected() from error
 
 
 # ---- main --------------------------------------------------------------------------------------------------
@@ -1219,15 +1179,16 @@ def greet(client: Client, session_id: str | None) -> None:
     say(f"🎉 Connected to {client.api.url} ({model})\n"
         "📡 HTTP chunked streaming enabled - responses will appear as they're generated!\n"
         "   /help lists the commands.")
-    if not session_id:
-        return
-    try:
-        checked(client.enter, session_id)
-    except ChatError as error:
-        if error.code == "session_not_found":
-            say(f"📋 Session {short(session_id)} begins with your first message.")
-        else:
-            say(f"❌ {explain(error)}", "31")
+    if session_id:
+        try:
+            client.enter(session_id)
+        except ChatError as error:
+            if error.code == "session_not_found":
+                say(f"📋 Session {short(session_id)} begins with your first message.")
+            else:
+                say(f"❌ {explain(error)}", "31")
+        except WRONG_SHAPE:
+            say(f"❌ {unexpected()}", "31")
 
 
 def converse(client: Client, keyboard: Keyboard) -> None:
@@ -1259,7 +1220,7 @@ def interact(api: Api, session_id: str | None) -> int:
         os.system("")  # makes a Windows console read escape sequences
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # what is not UTF-8 shows as �
     keyboard = Keyboard()
-    client = Client(api, Session(session_id or ""), show_screen, keyboard)
+    client = Client(api, session_id, show_screen, keyboard)
     try:
         greet(client, session_id)
         converse(client, keyboard)
@@ -1269,8 +1230,8 @@ def interact(api: Api, session_id: str | None) -> int:
         return 1
     finally:
         keyboard.release()
-    if client.session.known:
-        say(f"To go on later: --session {one_line(client.session.session_id)}")
+    if client.known:
+        say(f"To go on later: --session {one_line(client.session_id)}")
     print("👋 Goodbye!")
     return 0
 
@@ -1291,25 +1252,19 @@ def parse_arguments() -> argparse.Namespace:
         arguments.api = Api(arguments.url, arguments.token or os.environ.get("STREAMCHAT_TOKEN"))
     except ValueError as error:
         parser.error(f"--url or --token: {escape(error)}")
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if arguments.message is not None or arguments.json or not at_terminal:
-        arguments.message = message_of_script(parser, arguments.message)
-    return arguments
-
-
-def message_of_script(parser: argparse.ArgumentParser, argument: str | None) -> str:
-    """The argument, a newline, and what is piped."""
-    at_terminal = sys.stdin.isatty()
+    argument, at_terminal = arguments.message, sys.stdin.isatty()
+    if argument is None and not arguments.json and at_terminal and sys.stdout.isatty():
+        return arguments
     if at_terminal and argument is None:
         complain("(Type the message. Ctrl-D on an empty line ends it.)")
     try:
         piped = "" if at_terminal and argument is not None else sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
         parser.error("standard input is not UTF-8")
-    message = "\n".join(filter(None, [argument, piped]))
-    if not message.strip():
+    arguments.message = "\n".join(filter(None, [argument, piped]))
+    if not arguments.message.strip():
         parser.error("there is no message")
-    return message
+    return arguments
 
 
 def prepare_streams() -> None:
@@ -1329,8 +1284,8 @@ def main() -> int:
         if arguments.message is None:
             return interact(arguments.api, arguments.session)
         show = show_json if arguments.json else show_text
-        answer = Client(arguments.api, Session(arguments.session), show).send(arguments.message)
-        if answer.interrupted:
+        answer = Client(arguments.api, arguments.session, show).send(arguments.message)
+        if answer.ctrl_c.pressed:
             return 130
         return 0 if answer.status() == "SUCCESS" else 1
     except KeyboardInterrupt:

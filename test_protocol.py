@@ -6593,9 +6593,17 @@ class TestTerminalClient:
             shown = chat.enter("Hi")
         assert "No key.\n" in shown and "/retry" not in shown
 
+    def test_an_answer_of_another_shape_is_one_sentence(self):
+        pages = {"/stats": b'{"model":"m"}', "/sessions": b'{"sessions":[{}]}', "/sessions/s": b"{}"}
+        pages = {path: refusal(200, body=body) for path, body in pages.items()}
+        with ScriptedServer(pages=pages) as server, chatting(server.url, "--session", "s") as chat:
+            for shown in (chat.plain, chat.enter("/sessions")):
+                assert "The server sent an unexpected answer." in shown
+
     def test_tab_completes_a_command(self, instant):
         with chatting(url_of(instant)) as chat:
             assert "Show all commands" in chat.enter("/hel\t")
+            assert "You said: say /hel\n" in chat.enter("say /hel\t")
 
     def test_a_message_may_have_many_lines(self, instant):
         with chatting(url_of(instant), "--session", session := new_id()) as chat:
@@ -6922,13 +6930,15 @@ class TestTypedDuringAnAnswer:
             chat.wait("shell> ")
             assert self.modes(chat) == before
 
-    @pytest.mark.parametrize("way_back", ["fg", "bg; fg"])
+    @pytest.mark.parametrize("way_back", ["fg", "bg; sleep 0.5; jobs; fg"])
     @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
     @waits
     def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(self, serve, at_prompt, way_back):
         server, session, message = serve(*CALM), new_id(), "word " * 80
         with self.suspended(server, session, message, at_prompt) as chat:
             chat.type(way_back + "\r")
+            if "jobs" in way_back:
+                chat.wait(r"^\[1\].*Stopped")
             assert wait_until(lambda: not self.modes(chat) & pytest.importorskip("termios").ECHO)
             chat.wait("STREAM COMPLETED" if not at_prompt else "You \u203a word word")
             chat.type("" if not at_prompt else "\r")

@@ -613,6 +613,7 @@ class Keyboard:
 
     def _take_terminal(self) -> None:
         """When a signal ends or suspends the program, the terminal is as it was found."""
+        await_terminal()
         termios = self._termios
         self._found = termios.tcgetattr(sys.stdin)
         self._open, self._silent = [*self._found], [*self._found]  # at a prompt, during an answer
@@ -642,13 +643,15 @@ class Keyboard:
         """Let a signal have its usual effect. After Ctrl-Z and `fg`, the program goes on here."""
         modes = self._set(self._found)
         signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-        while in_background():  # after `bg`: stop again, as all programs do that need the terminal
-            signal.raise_signal(signal.SIGTTOU)
-        signal.signal(number, self._give_way)
-        self._set(modes)
+        try:
+            signal.raise_signal(number)
+            time.sleep(KEY_TIME)  # in which another signal may end the program
+            await_terminal()
+        finally:  # Ctrl-C may have come meanwhile
+            signal.signal(number, self._give_way)
+            self._set(modes)
         if self._prompt:
-            write(self._prompt + self._readline.get_line_buffer())
+            write("\r" + self._prompt + self._readline.get_line_buffer())
 
     def listen(self) -> None:
         """Keep what is typed, until the next prompt."""
@@ -689,6 +692,7 @@ class Keyboard:
         if self._listener.is_alive():
             self._is_due.set()
             self._listener.join()
+        await_terminal()
         self._set(self._open)
         held = in_any_locale(held_text(bytes(self._typed)))
         self._typed.clear()
@@ -732,6 +736,13 @@ def in_background() -> bool:
     with suppress(OSError):
         return os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp()
     return False
+
+
+def await_terminal() -> None:
+    """In the background, stop until `fg`, as all programs do that need the terminal."""
+    while in_background():
+        signal.raise_signal(signal.SIGTTOU)
+        time.sleep(KEY_TIME)  # the signal may be ignored
 
 
 def held_text(typed: bytes) -> str:
@@ -967,9 +978,9 @@ class Client:
     def enter(self, session_id: str) -> None:
         """Make a session of the server the current one. If a turn is running there, show it."""
         session = self.api.session(session_id)
+        turn = session["latest_turn"]
         self.begin(session_id, int(session["message_count"]), known=True)
         say(f"📋 Session {short(session_id)} has {session['message_count']} messages.")
-        turn = session["latest_turn"]
         if turn and turn["state"] == "running":
             say("   An answer is running there.\n")
             write(wrap(self.prompt() + turn["message"], terminal_width() - 1) + "\n")

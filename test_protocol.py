@@ -6911,12 +6911,18 @@ class TestTypedDuringAnAnswer:
             assert self.modes(chat) == before
 
     @contextlib.contextmanager
-    def suspended(self, server, session, message, at_prompt):
-        """A shell with its own modes of the terminal, in which the client was started and then suspended."""
-        shell = shutil.which("dash") or shutil.which("sh")
-        login = [sys.executable, "-c", f"import os; os.login_tty(0); os.execv({shell!r}, ['sh', '-im'])"]
-        with tempfile.TemporaryDirectory() as home, Terminal(login, HOME=home, PS1="shell> ", ENV="") as chat:
+    def shell(self, path, *options):
+        """A shell with its own modes of the terminal."""
+        login = f"import os; os.login_tty(0); os.execv({path!r}, {['sh', *options, '-im']})"
+        with tempfile.TemporaryDirectory() as home, \
+                Terminal([sys.executable, "-c", login], HOME=home, PS1="shell> ", ENV="") as chat:
             chat.wait("shell> ")
+            yield chat
+
+    @contextlib.contextmanager
+    def suspended(self, server, session, message, at_prompt):
+        """A shell in which the client was started and then suspended."""
+        with self.shell(shutil.which("dash") or shutil.which("sh")) as chat:
             before = self.modes(chat)
             chat.type(f"{sys.executable} {CLIENT} --url {url_of(server)} --session {session}\r")
             chat.wait("You \u203a ")
@@ -6954,6 +6960,29 @@ class TestTypedDuringAnAnswer:
         with self.suspended(serve(*CALM), new_id(), message, at_prompt) as chat:
             chat.type("kill %1; kill -CONT %1; sleep 1; jobs\r")
             chat.wait("Terminated")
+
+    @waits
+    def test_ctrl_c_while_it_is_suspended_leaves_ctrl_z_as_it_was(self, serve):
+        with self.suspended(serve(*CALM), new_id(), "word word", at_prompt=True) as chat:
+            before = self.modes(chat)
+            chat.type("kill -INT %1; fg\r")
+            chat.wait("Ctrl-C again.*You \u203a ")
+            chat.type("\x1a")
+            chat.wait("shell> ")
+            assert self.modes(chat) == before
+            chat.type("kill -KILL %1\r")
+
+    @waits
+    def test_what_is_typed_is_seen_though_it_began_in_the_background(self, serve):
+        with self.shell(needs("bash"), "--norc", "-b") as chat:
+            chat.type(f"{sys.executable} {CLIENT} --url {url_of(serve(*CALM))} &\r")
+            chat.wait("Stopped")
+            chat.type("fg\r")
+            chat.wait("You \u203a ")
+            chat.type("seen")
+            chat.wait("seen")
+            chat.type("\x15" + CTRL_D)
+            chat.wait("Goodbye.*shell> ")
 
 
 @NOT_OURS

@@ -72,7 +72,8 @@ RETRIED = {408, 429, 502, 503, 504}  # statuses of transient failures
 MAX_LINE = 64 << 10  # bytes: the protocol's lines are shorter
 ID = re.compile(r"(?!new$)[A-Za-z0-9_-]{1,64}")  # /sessions/new is another endpoint
 URL = re.compile(r"https?://[^\x00- /?#@\x7f]+(/[!-\"$->@-~]*)?", re.IGNORECASE)  # without user and query
-WRONG_SHAPE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)  # of JSON
+WRONG_SHAPE = (  # what JSON of another shape raises where it is used
+    LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
 Event = dict[str, Any]
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def event_of(line: bytes) -> Event:
 
 
 def read_json(response: http.HTTPResponse) -> dict[str, Any]:
-    """The JSON object in a body. Raises IncompleteRead if the answer was cut."""
+    """The JSON object in a body. Raises IncompleteRead for a cut, ChatError or ValueError for other JSON."""
     body = response.read()
     if not body and not response.chunked and response.length is None:  # a head that was cut
         raise http.IncompleteRead(body)
@@ -255,13 +256,13 @@ class Api:
         data = None if body is None else json.dumps(body).encode()
         try:
             with closing(connection):
-                with suppress(BrokenPipeError, ConnectionResetError):  # by a refusal before all was sent
+                with suppress(BrokenPipeError, ConnectionResetError):  # the server may refuse early
                     connection.request(method, self._parts.path + path, data, self._headers)
                 with connection.getresponse() as response:
                     if response.status != 200:
                         raise refused(response)
                     yield response
-        except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # by a huge length
+        except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # a huge length
             raise lost(error) from error
 
 
@@ -284,7 +285,7 @@ class Turn:
         self.line = b""  # the bytes of the last event
         self.chunks = 0  # the numbers 1 to this have come
         self._seen: set[bytes] = set()  # the lines of other events
-        self._socket: Any = None  # of the connection, which drops it while the response is read
+        self._socket: Any = None  # http.client drops its own while the response is read
 
     def run(self, wait: Callable[[ChatError, int, float], None] =
             lambda error, retry, seconds: time.sleep(seconds)) -> Iterator[Event]:
@@ -356,7 +357,7 @@ class Turn:
     def disconnect(self) -> None:
         """End the connection from another thread, to wake the thread that reads."""
         with suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # TLS has its own, not for threads
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # that of TLS is not for threads
 
 
 # ---- Ctrl-C: the server ends the turn, and the answer ends as it always does -------------------------------
@@ -624,11 +625,11 @@ class Keyboard:
                 signal.signal(number, self._give_way)
 
     def _set(self, modes: Any) -> Any:
-        """Set the modes of the terminal. Return those it had. Only in `_found` it marks no pastes."""
+        """Set the modes of the terminal. Return those it had. In all but `_found` it marks pastes."""
         before = modes
         with suppress(OSError, self._termios.error):  # the terminal was closed
             before = self._termios.tcgetattr(sys.stdin)
-            if not in_background():  # there, the terminal is the shell's
+            if not in_background():  # else the shell has the terminal
                 self._termios.tcsetattr(sys.stdin, self._termios.TCSADRAIN, modes)
                 if self._marks_pastes:  # not print(), which a signal may have interrupted
                     os.write(sys.stdout.fileno(), b"\x1b[?2004l" if modes is self._found else b"\x1b[?2004h")

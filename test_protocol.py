@@ -6973,14 +6973,26 @@ class TestTypedDuringAnAnswer:
             chat.type("kill -KILL %1\r")
 
     @waits
-    def test_what_is_typed_is_seen_though_it_began_in_the_background(self, serve):
+    def test_what_is_typed_is_seen_after_it_was_in_the_background(self, serve):
+        """It begins there, and then is sent there in the middle of an answer, by SIGSTOP, which it cannot handle."""
         with self.shell(needs("bash"), "--norc", "-b") as chat:
             chat.type(f"{sys.executable} {CLIENT} --url {url_of(serve(*CALM))} &\r")
+            client = int(chat.wait(r"\[1\] (\d+)\n")[1])
             chat.wait("Stopped")
             chat.type("fg\r")
             chat.wait("You \u203a ")
-            chat.type("seen")
-            chat.wait("seen")
+            chat.type("seen " * 40)
+            chat.wait("seen seen")
+            chat.type("\r")
+            chat.wait("You said: seen")
+            os.kill(client, signal.SIGSTOP)
+            chat.wait("shell> ")
+            chat.type("bg\r")
+            chat.wait("SUCCESS.*Stopped")
+            chat.type("fg\r")
+            wait_until(lambda: not self.modes(chat) & pytest.importorskip("termios").ECHO)
+            chat.type("still seen")
+            chat.wait("still seen")
             chat.type("\x15" + CTRL_D)
             chat.wait("Goodbye.*shell> ")
 
@@ -7368,9 +7380,13 @@ class TestThePageChats:
                 check_articles(browser, server, "one")
                 server.chat(LONG, session_id="one").abort()
                 until(browser, "streaming")
+                usual = proxy.fault_of
+                proxy.fault_of = lambda line: Fault(delay=1) if line.startswith("GET /sessions/one") else usual(line)
                 check_stop(browser, server, "one")
                 browser.click("#new")
                 browser.wait(f"({ARTICLES}).length === 0")
+                assert browser.run(f"return {COUNTS};").endswith("6 messages"), "known from the answer"
+                proxy.fault_of = usual
                 send(browser, TEXT)
                 until(browser, "complete")
                 browser.wait(f"{COUNTS} === '2 messages,6 messages'")

@@ -1080,7 +1080,8 @@ def running(*flags, **more):
             process = start(("--port", "0", *flags), output, **more)
         try:
             serving = re.compile(r"^Serving on http://(.+):(\d+)\r?\n", re.MULTILINE)
-            found = wait_until(lambda: serving.search(path.read_text("utf-8", "replace")) or process.poll() is not None)
+            found = wait_until(lambda: serving.search(path.read_text("utf-8", "replace")) or process.poll() is not None,
+                               3 * PATIENCE)        # on a busy disk, Python itself may start slowly
             assert isinstance(found, re.Match), path.read_text("utf-8", "replace")
             server = OwnServer(found[1].strip("[]"), int(found[2]), flags, process, path)
             yield server

@@ -4959,10 +4959,10 @@ def url_of(server):
     return "http://{}:{}".format(*server.address)
 
 
-def run(command, folder):
+def run(command, folder, variables=()):
     """Run a program in a folder, and return what it printed."""
-    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=60,
-                          encoding="utf-8", check=False)
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **dict(variables)}, stdin=subprocess.DEVNULL,
+                          capture_output=True, timeout=60, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -5237,7 +5237,8 @@ for (const end = Date.now() + {PATIENCE * 1000}; Date.now() < end; await new Pro
   try {{ const value = CONDITION; if (value) return value; }} catch {{ }}
 }}
 """
-TAB, ENTER, SHIFT, ESCAPE = "\ue004", "\ue007", "\ue008", "\ue00c"      # W3C WebDriver, section "Keyboard actions"
+# W3C WebDriver, section "Keyboard actions"
+TAB, ENTER, SHIFT, ESCAPE, ARROW_UP = "\ue004", "\ue007", "\ue008", "\ue00c", "\ue013"
 
 
 class Browser:
@@ -7175,20 +7176,34 @@ def opened(browser, url, path="/demo", excused=()):
     assert {urlsplit(asked).netloc for asked in browser.requests()} <= {urlsplit(url).netloc, ""}   # none in data:
 
 
+@contextlib.contextmanager
+def visited(browser, server, view="chat", session=None, excused=()):
+    """The page in this view, with a new session, whose id it yields."""
+    session = session or server.request("POST", "/sessions/new").json["session_id"]
+    with opened(browser, url_of(server), f"/demo?session={session}#{view}", excused):
+        browser.wait('document.querySelector("#sessions .open small").textContent.includes("message")')
+        yield session
+
+
 ARTICLES = """[...document.querySelectorAll("#log article")].map(
     article => [article.classList.item(0), article.querySelector(".text").textContent])"""
+ANSWER = "#log > article.model:last-of-type"
+ANSWERED = f'document.querySelector("{ANSWER} > .text")?.textContent'
 STATE = 'document.querySelector("#state").dataset.state'
-WATCH = """
-window.states = [STATE];
-window.texts = [];
-new MutationObserver(() => {
-  const text = document.querySelector("article.model:last-of-type .text")?.textContent;
-  if (STATE !== states.at(-1)) states.push(STATE);
-  if (text && text !== texts.at(-1)) texts.push(text);
-}).observe(document.body, {attributes: true, characterData: true, childList: true, subtree: true});
-""".replace("STATE", STATE)
+NOTICE = 'document.querySelector("#told").textContent'
+TEXTS = "return Array.from(document.querySelectorAll(args[0]), element => element.textContent);"
+NAMES = '[...document.querySelectorAll("#sessions .name")].map(each => each.textContent.trim())'
+PLACES = """
+const {scrollTop, scrollHeight, clientHeight} = document.querySelector(args[0]);
+return [Math.round(scrollTop), Math.round(scrollHeight - clientHeight - scrollTop)];
+"""
+COPY = """
+return new Promise(resolve => {
+  navigator.clipboard.writeText = async text => resolve(text);
+  document.querySelector(args[0]).click();
+});
+"""
 SPACED = "  two  spaces\n\n\ta tab and " + TEXT
-COUNTS = "[...document.querySelectorAll('#sessions small')].map(each => each.textContent.split(' ·')[0]).join()"
 
 
 def send(browser, message):
@@ -7201,27 +7216,31 @@ def until(browser, state):
     browser.wait(f"{STATE} === args[0]", state)
 
 
+def until_longer(browser, count=100):
+    """The answer has grown by so many characters."""
+    browser.wait(f"{ANSWERED}.length > args[0]", len(browser.run(f"return {ANSWERED};") or "") + count)
+
+
+def answer_shown(browser):
+    """The last answer, once it has ended."""
+    browser.wait(f'document.querySelector("{ANSWER} > .end")')
+    return browser.run(TEXTS, ANSWER + " > .text")[0]
+
+
+def say(browser, message):
+    send(browser, message)
+    return answer_shown(browser)
+
+
 def seen(browser, selector):
     """The texts of the elements that are shown."""
     return browser.run("return [...document.querySelectorAll(args[0])].filter(each => each.checkVisibility() && "
                        "each.textContent).map(each => each.textContent);", selector)
 
 
-def wait_for(proxy, request):
-    """Until the page has sent this request once more."""
-    def sent():
-        return sum(line.startswith(request + " ") for line in proxy.requests)
-    before = sent()
-    assert wait_until(lambda: sent() > before)
-
-
-def one_of_many(server):
-    """A proxy to many servers: this one will have the sessions, and another one answers for the list and the stats."""
-    pages = {path: ("application/json", json.dumps(server.get(path)).encode()) for path in ("/sessions", "/stats")}
-    return Site(server.address, pages)
-
-
-SERVERS = [("alone", lambda server: Proxy(server.address)), ("one of many", one_of_many)]
+def decide(browser, answer):
+    """Accept or dismiss the browser's question."""
+    browser.ask("POST", f"/alert/{answer}")
 
 
 def check_articles(browser, server, session):
@@ -7238,731 +7257,64 @@ def check_stop(browser, server, session):
     check_articles(browser, server, session)
 
 
-class TestThePageChats:
-    """README, "The page": an answer is shown as it comes, and each session as the server has it."""
-
-    @waits
-    def test_an_answer_grows_as_it_comes(self, serve, browser):
-        server, session = serve(*CALM), new_id()
-        with opened(browser, url_of(server), f"/demo?session={session}"):
-            until(browser, "idle")
-            browser.run(WATCH)
-            send(browser, SPACED * 20)
-            until(browser, "complete")
-            check_articles(browser, server, session)
-            states, texts = browser.run("return [states, texts];")
-            assert seen(browser, "article.model .end") and not seen(browser, ".streaming, .notice, .error, .retry")
-        order = ["idle", "sending", "waiting", "streaming", "complete"]
-        assert states == [state for state in order if state in states] and {"idle", "streaming"} < set(states)
-        assert len(texts) > 5 and all(texts[-1].startswith(text) for text in texts)
-
-    @waits
-    def test_what_came_is_shown_and_a_stop_works_though_nothing_more_comes(self, serve, browser):
-        server, session = serve(*CALM), new_id()
-        stalls = {"sending": 0, "waiting": b'{"type":"chunk"', "streaming": b'"chunk_number":3'}
-        with Proxy(server.address, [fault for stall in stalls.values() for fault in (Fault(stall=stall), Fault())]) \
-                as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
-            for state in stalls:
-                send(browser, LONG)
-                until(browser, state)
-                if state == "streaming":
-                    browser.wait(f"({ARTICLES}).at(-1)[1] === args[0]", "You said: " + "word " * 6)
-                    assert seen(browser, ".streaming") and seen(browser, "#progress")[0].startswith("2 chunks")
-                check_stop(browser, server, session)
-
-    @waits
-    def test_enter_sends_and_with_shift_it_breaks_the_line(self, serve, browser):
-        server, session = serve(*INSTANT), new_id()
-        with opened(browser, url_of(server), f"/demo?session={session}"):
-            browser.click("#message")
-            browser.keys(" " + ENTER)
-            browser.keys("One")
-            browser.keys(ENTER, held=SHIFT)
-            browser.keys("two " + ENTER)
-            until(browser, "complete")
-            check_articles(browser, server, session)
-            assert server.history(session)[0] == ("user", " One\ntwo ")
-            assert browser.run('return document.querySelector("#message").value;') == ""
-            browser.keys("three")
-            browser.click("#send")
-            browser.wait(f"({ARTICLES}).length === 4")
-            until(browser, "complete")
-            check_articles(browser, server, session)
-
-    @waits
-    def test_enter_does_not_send_while_an_input_method_composes(self, serve, browser):
-        """UI Events, section 5.7: its keys have the code 229, in Safari also the one that ends the composition."""
-        server, session = serve(*INSTANT), new_id()
-        enter = {"type": "rawKeyDown", "key": "Enter", "code": "Enter"}
-        with opened(browser, url_of(server), f"/demo?session={session}"):
-            browser.click("#message")
-            browser.cdp("Input.imeSetComposition", text="\u304b", selectionStart=1, selectionEnd=1)
-            browser.cdp("Input.dispatchKeyEvent", windowsVirtualKeyCode=13, **enter)
-            browser.cdp("Input.insertText", text="\u65e5")
-            browser.cdp("Input.dispatchKeyEvent", windowsVirtualKeyCode=229, **enter)
-            browser.cdp("Input.insertText", text="\u672c")
-            browser.keys(ENTER)
-            until(browser, "complete")
-            assert server.history(session)[0] == ("user", "\u65e5\u672c")
-            check_articles(browser, server, session)
-
-    @waits
-    def test_a_button_and_escape_stop_the_turn(self, serve, browser):
-        server, session = serve(*CALM), new_id()
-        with opened(browser, url_of(server), f"/demo?session={session}"):
-            for stop in (lambda: browser.click("#stop"), lambda: browser.keys(ESCAPE)):
-                send(browser, LONG)
-                browser.wait(f"({ARTICLES}).at(-1)[1].length > 50")
-                stop()
-                until(browser, "stopped")
-                check_articles(browser, server, session)
-            assert len(server.history(session)) == 4 and "stopped" in seen(browser, "article.model .end")[-1]
-            assert len(server.history(session)[3][1]) < len(LONG)
-
-    @waits
-    def test_a_failed_turn_is_told_in_words_and_its_retry_answers(self, serve, browser):
-        server, session = serve(*CALM), new_id()
-        with opened(browser, url_of(server), f"/demo?session={session}"):
-            send(browser, LONG)
-            until(browser, "streaming")
-            server.request("POST", f"/sessions/{session}/clear")
-            until(browser, "failed")
-            assert "cleared" in seen(browser, "article.model .error")[0]
-            browser.click("article.model .retry")
-            until(browser, "streaming")
-            check_stop(browser, server, session)
-            assert len(server.history(session)) == 2 and not seen(browser, ".error, .retry")
-
-    @waits
-    def test_a_refusal_is_told_in_words_and_the_message_comes_back(self, serve, browser):
-        server, session = serve(*INSTANT), new_id()
-        with Proxy(server.address, [Fault(instead=refusal(409))]) as proxy, \
-                opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
-            send(browser, SPACED)
-            browser.wait("document.querySelector('#log .notice').textContent.includes('Because I say so.')")
-            assert browser.run('return document.querySelector("#message").value;') == SPACED
-            browser.click("#send")
-            until(browser, "complete")
-            check_articles(browser, server, session)
-
-    @waits
-    def test_the_sessions_are_listed_opened_and_begun(self, serve, browser):
-        server = serve(*INSTANT)
-        for session in ("one", "one", "two"):
-            server.turn(session + SPACED, session_id=session)
-        listed = '[...document.querySelectorAll("#sessions .open")].map(each => each.dataset.id)'
-        chosen = 'document.querySelector("#sessions [aria-current=true]")?.dataset.id'
-        with opened(browser, url_of(server), "/demo?session=one"):
-            browser.wait(f"{listed}.join() === 'two,one' && {chosen} === 'one' && ({ARTICLES}).length === 4")
-            check_articles(browser, server, "one")
-            browser.click("[data-id=two]")
-            browser.wait(f"{chosen} === 'two' && location.search === '?session=two'")
-            browser.wait(f"({ARTICLES}).length === 2")
-            check_articles(browser, server, "two")
-            browser.click("#new")
-            session = browser.wait(f"!['one', 'two', undefined].includes({chosen}) && {chosen}")
-            assert browser.run(f"return {ARTICLES};") == []
-            send(browser, "Hi")
-            until(browser, "complete")
-            check_articles(browser, server, session)
-            browser.wait(f"{listed}.join() === args[0]", f"{session},two,one")
-            assert browser.run("return location.search;") == f"?session={session}"
-
-    @waits
-    def test_a_session_that_the_list_lacks_is_shown_and_goes_on(self, serve, browser):
-        server = serve(*CALM)
-        with one_of_many(server) as proxy:
-            server.turn(SPACED, session_id="one")
-            with opened(browser, proxy.url, "/demo?session=one"):
-                browser.wait(f"({ARTICLES}).length === 2")
-                check_articles(browser, server, "one")
-                send(browser, TEXT)
-                until(browser, "complete")
-                check_articles(browser, server, "one")
-                server.chat(LONG, session_id="one").abort()
-                until(browser, "streaming")
-                usual = proxy.fault_of
-                proxy.fault_of = lambda line: Fault(delay=1) if line.startswith("GET /sessions/one") else usual(line)
-                check_stop(browser, server, "one")
-                browser.click("#new")
-                browser.wait(f"({ARTICLES}).length === 0")
-                assert browser.run(f"return {COUNTS};").endswith("6 messages"), "known from the answer"
-                proxy.fault_of = usual
-                send(browser, TEXT)
-                until(browser, "complete")
-                browser.wait(f"{COUNTS} === '2 messages,6 messages'")
-                browser.click("[data-id=one]")
-                browser.wait(f"({ARTICLES}).length === 6")
-                check_articles(browser, server, "one")
-                assert not seen(browser, ".notice, .error")
-                server.request("DELETE", "/sessions/one")
-                browser.wait("document.querySelector('.notice')?.textContent.includes('was deleted')")
-
-    @waits
-    def test_a_session_that_has_not_begun_is_not_asked_for(self, serve, browser):
-        """A browser's console would show each 404."""
-        def begin_and_leave(*buttons):
-            send(browser, "Hi")
-            browser.wait(f"{COUNTS}.startsWith('2 messages')")
-            for button in buttons:
-                browser.click(button)
-            browser.wait(f"{COUNTS}.startsWith('begins')")
-
-        with one_of_many(serve(*INSTANT)) as proxy, opened(browser, proxy.url):
-            begin_and_leave("#delete", "#ask-ok")
-            assert browser.run(f"return {COUNTS};") == "begins with your message"
-            browser.console()       # the page may have looked at the session while it was deleted
-            browser.ask("POST", "/refresh")
-            wait_for(proxy, "GET /sessions")
-            begin_and_leave("#new")
-            wait_for(proxy, "GET /sessions")
-
-    @waits
-    def test_what_others_said_unseen_is_shown_after_the_next_answer(self, serve, browser):
-        server, session = serve(*INSTANT), new_id()
-        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
-            until(browser, "idle")
-            proxy.fault_of = lambda line: Fault(stall=0) if line.startswith("GET /stats") else Fault()
-            wait_for(proxy, "GET /stats")
-            server.turn(SPACED, session_id=session)
-            send(browser, "Hi")
-            until(browser, "complete")
-            proxy.fault_of = lambda line: Fault()
-            proxy.down()        # ends the requests that got no answer
-            proxy.up()
-            browser.wait(f"({ARTICLES}).length === 4")
-            check_articles(browser, server, session)
-
-    @waits
-    def test_a_message_may_be_sent_before_the_session_is_read(self, serve, browser):
-        server, session = serve(*INSTANT), new_id()
-        with Proxy(server.address) as proxy:
-            proxy.fault_of = lambda line: Fault(delay=0.5) if line.startswith("GET /sessions") else Fault()
-            with opened(browser, proxy.url, f"/demo?session={session}"):
-                send(browser, TEXT)
-                until(browser, "complete")
-                browser.wait('document.querySelector("#sessions .open")')
-                check_articles(browser, server, session)
-
-    @waits
-    def test_a_turn_goes_on_while_another_session_is_shown(self, serve, browser):
-        server = serve(*CALM)
-        server.turn(SPACED, session_id="two")
-        with opened(browser, url_of(server), "/demo?session=one"):
-            send(browser, LONG)
-            until(browser, "streaming")
-            browser.click("[data-id=two]")
-            until(browser, "complete")
-            check_articles(browser, server, "two")
-            browser.click("[data-id=one]")
-            browser.wait(f"({ARTICLES})[1]?.[1].length > 100 && {STATE} === 'streaming'")
-            check_stop(browser, server, "one")
-
-    @waits
-    def test_a_session_is_cleared_and_deleted_after_a_question(self, serve, browser):
-        server = serve(*INSTANT)
-        server.turn("Hi", session_id="one")
-        with opened(browser, url_of(server), "/demo?session=one"):
-            browser.wait(f"({ARTICLES}).length === 2")
-            for button in ("#clear", "#delete"):
-                browser.click(button)
-                browser.click("#ask-cancel")
-                browser.wait("!document.querySelector('#ask').open")
-            check_articles(browser, server, "one")
-            assert len(server.history("one")) == 2
-            browser.click("#clear")
-            browser.click("#ask-ok")
-            browser.wait(f"({ARTICLES}).length === 0")
-            assert server.history("one") == []
-            send(browser, "Again")
-            until(browser, "complete")
-            check_articles(browser, server, "one")
-            browser.click("#delete")
-            browser.click("#ask-ok")
-            browser.wait("!document.querySelector('[data-id=one]')")
-            assert server.session_ids() == set() and browser.run(f"return {ARTICLES};") == []
-
-    @waits
-    def test_the_token_is_asked_for_and_kept_for_the_tab_alone(self, serve, browser):
-        server = serve("--token", TOKEN, *INSTANT)
-        is_asked = "document.querySelector('#ask').open && document.querySelector('#ask-input').checkVisibility()"
-        with opened(browser, url_of(server), "/demo?session=one", ["network"]):
-            for token in ("wrong", TOKEN):
-                browser.wait(f"{is_asked} && !document.querySelector('#ask-input').value")
-                browser.keys(token)
-                browser.click("#ask-ok")
-            browser.wait("!document.querySelector('#ask').open")
-            browser.keys("Hi" + ENTER)      # the focus is where it was
-            until(browser, "complete")
-            check_articles(browser, server, "one")
-            browser.ask("POST", "/refresh")
-            browser.wait(f"({ARTICLES}).length === 2")
-            assert not browser.run(f"return {is_asked};")
-            kept = "return JSON.stringify({...args[0] ? sessionStorage : localStorage}) + document.cookie + location;"
-            assert TOKEN in browser.run(kept, True) and TOKEN not in browser.run(kept, False)
-            with browser.tab():
-                browser.open(url_of(server) + "/demo?session=one")
-                browser.wait(is_asked)
-
-
-class TestThePageRecovers:
-    """After a cut the page shows the server's text, nothing twice and nothing missing, and says so."""
-
-    @waits
-    def test_a_cut_at_any_place_neither_loses_nor_doubles_text(self, serve, browser):
-        server, session = serve(*CALM), new_id()
-        cuts = [*random.Random(2).sample(places_to_cut(server, 3), 10), b'"is_final":true', b"\n\r\n0\r\n"]
-        with Proxy(server.address, [*cut_once(cuts), *BYTE_BY_BYTE]) as proxy, \
-                opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
-            for number, cut in enumerate([*cuts, None], 1):
-                send(browser, TEXT)
-                browser.wait(f"({ARTICLES}).length === args[0] && {STATE} === 'complete'", 2 * number)
-                assert browser.run(f"return {ARTICLES};")[-1][1] == server.history(session)[-1][1], cut
-            check_articles(browser, server, session)
-        assert sum(map(bool, map(STREAM.match, proxy.requests))) == 2 * len(cuts) + 1
-
-    @waits
-    def test_what_a_server_in_trouble_says_is_no_answer(self, serve, browser):
-        server, session = serve(*INSTANT), new_id()
-        faults = [fault for _, raw in MAY_PASS[:8] for fault in (Fault(instead=raw), Fault())]
-        with Proxy(server.address, faults) as proxy, \
-                opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
-            for number in range(1, 9):
-                send(browser, TEXT)
-                browser.wait(f"({ARTICLES}).length === args[0] && {STATE} === 'complete'", 2 * number)
-            check_articles(browser, server, session)
-
-    @waits
-    def test_a_reload_in_mid_answer_goes_on_with_question_and_answer(self, serve, browser):
-        server, session = serve(*CALM), new_id()
-        with opened(browser, url_of(server), f"/demo?session={session}"):
-            send(browser, SPACED + LONG)
-            until(browser, "streaming")
-            browser.ask("POST", "/refresh")
-            browser.wait(f"({ARTICLES})[1][1].length > 100 && {STATE} === 'streaming'")
-            assert browser.run(f"return {ARTICLES};")[0] == ["user", SPACED + LONG]
-            check_stop(browser, server, session)
-            browser.ask("POST", "/refresh")
-            until(browser, "stopped")
-            check_articles(browser, server, session)
-        assert server.stats()["total_requests"] == 1
-
-    @waits
-    def test_a_second_window_notices_a_turn_and_follows_it(self, serve, browser):
-        server, session = serve(*CALM), new_id()
-        with opened(browser, url_of(server), f"/demo?session={session}"):
-            first = browser.ask("GET", "/window")
-            with browser.tab("window") as second:
-                browser.open(f"{url_of(server)}/demo?session={session}")
-                until(browser, "idle")
-                server.turn(SPACED, session_id=session)
-                browser.wait(f"({ARTICLES}).length === 2")
-                browser.show(first)
-                send(browser, LONG)
-                browser.show(second)
-                browser.wait(f"{STATE} === 'streaming' && ({ARTICLES})[2][1] === args[0]", LONG)
-                assert server.readers(session) == [2]
-                check_stop(browser, server, session)
-                browser.show(first)
-                until(browser, "stopped")
-                browser.wait(f"({ARTICLES}).length === 4")     # with what was said while it was hidden
-                check_articles(browser, server, session)
-
-    @waits
-    def test_a_server_that_was_away_is_found_again(self, serve, browser):
-        server, session = serve(*CALM), new_id()
-        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
-            until(browser, "idle")
-            proxy.down()
-            until(browser, "away")
-            send(browser, TEXT)
-            browser.wait(f"({ARTICLES}).length === 2")
-            until(browser, "away")
-            proxy.up()
-            until(browser, "complete")
-            send(browser, LONG)
-            until(browser, "streaming")
-            proxy.down()
-            until(browser, "away")
-            proxy.up()
-            until(browser, "streaming")
-            check_stop(browser, server, session)
-            assert "resumed" in seen(browser, "article.model:last-of-type .notice")[0]
-            assert len(server.history(session)) == 4
-
-    @waits
-    def test_a_server_that_lost_its_memory_runs_the_turn_anew(self, serve, browser):
-        before, after = serve(*CALM), serve(*CALM)
-        with Proxy(before.address) as proxy, opened(browser, proxy.url, "/demo?session=one", ["network"]):
-            send(browser, LONG)
-            until(browser, "streaming")
-            proxy.down()
-            proxy.target = after.address
-            proxy.up()
-            browser.wait("document.querySelector('.notice')?.textContent.includes('another run')")
-            until(browser, "streaming")
-            check_stop(browser, after, "one")
-
-    @cases(SERVERS)
-    @waits
-    def test_a_killed_server_runs_the_turn_anew_when_it_is_back(self, serve, browser, case):
-        _, proxy_to = case
-        with tempfile.TemporaryDirectory() as folder:
-            flags = ("--log", "off", "--db", folder + "/chat.db", "--chunk-delay")
-            before = serve(*flags, "0.2")
-            with proxy_to(before) as proxy, opened(browser, proxy.url, "/demo?session=one", ["network"]):
-                send(browser, "Hi")
-                until(browser, "complete")
-                send(browser, LONG)
-                browser.wait(f"({ARTICLES})[3]?.[1].length > 30")
-                before.process.kill()
-                before.process.wait(PATIENCE)
-                after = serve(*flags, "0")
-                proxy.target = after.address
-                until(browser, "complete")
-                check_articles(browser, after, "one")
-                [notice] = seen(browser, ".notice")
-                assert "another run" in notice and len(after.history("one")) == 4
-
-    @waits
-    def test_a_server_that_shuts_down_fails_no_turn(self, serve, browser):
-        """The turn has its grace of 5 s."""
-        before, after = serve("--chunk-delay", "0.2", "--log", "off"), serve(*INSTANT)
-        with one_of_many(before) as proxy, opened(browser, proxy.url, "/demo?session=one", ["network"]):
-            send(browser, LONG)
-            until(browser, "streaming")
-            proxy.target = after.address
-            before.process.terminate()
-            until(browser, "complete")
-            check_articles(browser, after, "one")
-            [notice] = seen(browser, ".notice")
-            assert "another run" in notice and len(after.history("one")) == 2
-
-    @waits
-    def test_a_turn_that_ended_meanwhile_is_shown_as_it_ended(self, serve, browser):
-        """Its log is gone, so the answer comes from the history."""
-        server, session = serve(*CALM, "--resume-window", "0"), new_id()
-        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
-            send(browser, LONG)
-            until(browser, "streaming")
-            proxy.down()
-            assert wait_until(lambda: server.history(session))
-            proxy.up()
-            until(browser, "stopped")
-            check_articles(browser, server, session)
-
-    @waits
-    def test_a_hidden_tab_lets_go_of_its_stream_and_attaches_again(self, serve, browser):
-        server, session = serve(*CALM), new_id()
-        with opened(browser, url_of(server), f"/demo?session={session}"):
-            send(browser, LONG)
-            browser.wait(f"({ARTICLES})[1]?.[1].length > 500")
-            assert server.readers(session) == [1]
-            with browser.tab():
-                assert wait_until(lambda: server.readers(session) == [0])
-            assert wait_until(lambda: server.readers(session) == [1])
-            check_stop(browser, server, session)
-
-
-# ---- The page's other views, its safety, and what it does for everyone
-
-QUOTES = "it's \"quoted\" $HOME `id` !! \\n \\ %s *\n\ttab \x7f caf\u00e9 \U0001f600 \u2028 ' '' <&>"
-COPY = """
-return new Promise(resolve => {
-  navigator.clipboard.writeText = async text => resolve(text);
-  document.querySelector(args[0]).click();
-});
-"""
-TEXTS = "return Array.from(document.querySelectorAll(args[0]), element => element.textContent);"
-ANSWER = "#log > article.model:last-of-type"
-WIRE = """
-return Array.from(document.querySelectorAll("#lines .line:not([data-type=head])"), line => [line.dataset.type,
-  ...["since", "gap", "bytes", "raw"].map(name => line.querySelector("." + name).textContent)]);
-"""
-WIRE_IS_WHOLE = '[...document.querySelectorAll("#lines .line:not([data-type=ping])")].at(-1).dataset.type === "note"'
-USABLE = """
-["drop", "resume", "again", "halt", "curl"].filter(id => !document.getElementById(id).disabled).join(" ") === args[0]
-"""
-TICKS = """     // where each begins, half way up: only ticks stand there
-const canvas = document.querySelector("#picture"), ticks = [];
-const {data} = canvas.getContext("2d").getImageData(0, Math.round(canvas.height * .55), canvas.width, 1);
-for (let x = 1; x < canvas.width; x++) if (data[4 * x + 3] && !data[4 * x - 1]) ticks.push(x);
-return ticks;
-"""
-
-
-@contextlib.contextmanager
-def visited(browser, server, view="chat"):
-    """The page in this view, with a new session, whose id it yields."""
-    session = server.request("POST", "/sessions/new").json["session_id"]
-    with opened(browser, url_of(server), f"/demo?session={session}#{view}"):
-        browser.wait('document.querySelector("#log").hasChildNodes()')
-        yield session
-
-
-def answer_shown(browser):
-    """Of the last answer, once it has ended."""
-    browser.wait(f'document.querySelector("{ANSWER} > .end:not(:empty)")')
-    return browser.run(TEXTS, ANSWER + " > .text")[0]
-
-
-def say(browser, message):
-    send(browser, message)
-    return answer_shown(browser)
-
-
-class TestThePageShowsTheWire:
-    """README, "The page": each line of a stream as it came, and what recovery does, at the press of a button."""
-
-    @waits
-    def test_each_line_is_shown_as_it_came(self, serve, browser):
-        server = serve("--heartbeat", "0.05", "--log", "off")
-        with visited(browser, server, "wire") as session:
-            say(browser, TEXT)
-            browser.wait(WIRE_IS_WHOLE)
-            rows, ticks = browser.run(WIRE), browser.run(TICKS)
-            label, facts = browser.run('return ["#picture", "#wire-facts"].map(css => document.querySelector(css))'
-                                       ".map(element => element.ariaLabel ?? element.innerText);")
-        kinds, since, gaps, sizes, raws = zip(*rows, strict=True)
-        lines = [raw for kind, raw in zip(kinds, raws, strict=True) if kind in EVENTS and kind != "ping"]
-        assert "".join(line + "\n" for line in lines).encode() == b"".join(server.follow(session).read().lines)
-        assert kinds[:2] == ("request", "response") and "ping" in kinds
-        first, body = raws[0].split("\n")
-        assert first == f"POST /sessions/{session}/stream HTTP/1.1" and json.loads(body)["message"] == TEXT
-        assert raws[1].startswith("HTTP 200 OK\n") and "\ncontent-type: application/x-ndjson" in raws[1]
-        lengths = [len(raw) + 1 if kind in EVENTS else 0 for kind, raw in zip(kinds, raws, strict=True)]
-        assert list(sizes) == [f"{length} ({length:x})" if length else "" for length in lengths]
-        assert f"\n{sum(lengths):,} + " in facts and "\nchunked\n" in facts and "http/1.1" in facts
-        self.check_times(kinds, [float(time) for time in since], gaps, label, ticks)
-
-    def check_times(self, kinds, since, gaps, label, ticks):
-        for (earlier, later), gap in zip(itertools.pairwise(since), gaps[1:], strict=True):
-            assert abs(float(gap) - (later - earlier)) < 0.002
-        chunks = [time for kind, time in zip(kinds, since, strict=True) if kind == "chunk"]
-        assert all(time >= 0.1 * number for number, time in enumerate(chunks)), "earlier than the pace allows"
-        gaps = [later - earlier for earlier, later in itertools.pairwise(chunks)]
-        count, first, last, gap = re.fullmatch(     # a browser that was busy reads all chunks at once: no gap
-            r"(\d+) chunks on 1 connection: the first after (\S+) s, the last after (\S+) s"
-            r"(?:, the longest gap (\S+) s)?", label).groups("0")
-        assert (int(count), float(first), float(last)) == (len(chunks), chunks[0], chunks[-1])
-        assert abs(float(gap) - max(gaps)) < 0.002
-        end = since[kinds.index("complete")]
-        assert 1 <= len(ticks) <= len(chunks) + 1 and abs(ticks[0] / ticks[-1] - chunks[0] / end) < 0.01
-
-    @waits
-    def test_a_connection_is_dropped_and_resumed_and_a_turn_sent_again_and_stopped(self, serve, browser):
-        server = serve("--chunk-delay", "0.05", "--heartbeat", "0.1", "--log", "off")
-        with visited(browser, server, "wire") as session:
-            browser.wait(USABLE, "")
-            send(browser, LONG)
-            browser.wait('document.querySelectorAll("[data-type=chunk]").length > 5')
-            browser.wait(USABLE, "drop again halt curl")
-
-            browser.click("#drop")
-            until(browser, "dropped")
-            browser.wait(USABLE, "resume again halt curl")
-            shown = browser.run(TEXTS, ANSWER + " > .text")[0]
-            assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
-
-            browser.click("#resume")
-            browser.wait(f'document.querySelector("{ANSWER} > .text").textContent.length > args[0]', len(shown) + 100)
-            assert "Nothing is missing" in browser.run(TEXTS, ANSWER + " .notice")[0]
-            assert server.readers(session) == [1]
-            chunks = [raw for kind, *_, raw in browser.run(WIRE) if kind == "chunk"]
-            assert len(set(chunks)) == len(chunks), "a chunk came twice"
-
-            browser.click("#again")
-            browser.wait('document.querySelectorAll("[data-type=session_info]").length === 3')
-            browser.click("#halt")
-            until(browser, "stopped")
-            browser.wait(USABLE, "resume again curl")
-            history = server.history(session)
-            assert history == [("user", LONG), ("model", answer_shown(browser))]
-
-            browser.click("#again")
-            browser.wait(f'document.querySelectorAll("[data-type=complete]").length === 2 && {WIRE_IS_WHOLE}')
-            assert server.history(session) == history and answer_shown(browser) == history[1][1]
-            asked = [raw.split(" HTTP/1.1")[0] for kind, *_, raw in browser.run(WIRE) if kind == "request"]
-        assert asked[:1] + asked[2:] == [f"POST /sessions/{session}/stream"] * 3
-        assert int(asked[1].removeprefix(f"GET /sessions/{session}/stream?after=")) > 5
-        assert server.stats()["total_requests"] == 1
-
-    @pytest.mark.parametrize("flags", [(), ("--token", TOKEN)], ids=["no token", "token"])
-    @waits
-    def test_the_curl_line_works_as_it_stands(self, serve, browser, flags):
-        needs("curl")
-        server, session = serve(*INSTANT, *flags), new_id()
-        with opened(browser, url_of(server), excused=["network"]):      # it asks for the token
-            browser.run('sessionStorage.setItem("token", args[0]);', TOKEN)
-            browser.open(f"{url_of(server)}/demo?session={session}#wire")
-            browser.wait('document.querySelector("#log").hasChildNodes()')
-            say(browser, QUOTES)
-            line = browser.run(COPY, "#curl")
-        history = server.history(session)
-        assert history[0] == ("user", QUOTES) and line.isascii()
-        printed = run(["sh", "-c", line], None)
-        assert printed.encode() == b"".join(server.follow(session).read().lines)
-        assert server.history(session) == history, "the line is a retry of the turn"
-
-
-TRY = """
-const [id, values, wait] = args, box = document.getElementById(id);
-const soon = () => new Promise(then => setTimeout(then, 5));
-box.open = true;
-while (!box.querySelector("form")) await soon();
-const form = box.querySelector("form");
-for (const [name, value] of Object.entries(values)) if (form.elements[name]) form.elements[name].value = value;
-form.dispatchEvent(new Event("input", {bubbles: true}));
-form.querySelector(".try").click();
-while (wait && form.querySelector(".try").disabled) await soon();
-return ["status", "headers", "body"].map(name => form.querySelector("." + name).innerText);
-"""
-API_SHOWN = """
-return Array.from(document.querySelector("#operations").children, box => box.matches("h2") ? box.textContent : [
-  box.id, box.querySelector("summary").innerText,
-  Array.from(box.querySelectorAll(".docs td"), cell => cell.textContent)]);
-"""
-
-
-def resolved(api, schema):
-    """The schema itself, or that to which it refers."""
-    place = api if "$ref" in schema else schema
-    for name in schema.get("$ref", "").split("/")[1:]:
-        place = place[name]
-    return place
-
-
-def operations(api):
-    """Each with its group and the id that it has in the page, in the page's order."""
-    found = [(operation["tags"][0], re.sub("[^a-z0-9]+", "-", f"{method} {path}").strip("-"), operation)
-             for path, item in api["paths"].items() for method, operation in item.items()]
-    groups = list(dict.fromkeys(group for group, *_ in found))
-    return sorted(found, key=lambda each: groups.index(each[0]))
-
-
-def names_to_show(api, operation):
-    """Of its parameters, and of all fields that it reads and writes; those that may be missing have a mark."""
-    schemas = []
-    for media in [*operation.get("requestBody", {}).get("content", {}).values(),
-                  *operation["responses"]["200"].get("content", {}).values()]:
-        schemas += resolved(api, media["itemSchema"])["oneOf"] if "itemSchema" in media else [media.get("schema", {})]
-    objects = [resolved(api, schema) for schema in schemas]
-    return [f"{each['name']} ({each['in']})" for each in operation["parameters"]] + [
-        name if name in each["required"] else name + "?" for each in objects for name in each.get("properties", ())]
-
-
-class TestThePageShowsTheApi:
-    """README, "The page": the operations of /openapi.json, each to be tried."""
-
-    @waits
-    def test_every_operation_stands_in_its_group_with_its_fields_and_errors(self, serve, browser):
-        server = serve("--log", "off")
-        api = server.get("/openapi.json")
-        with opened(browser, url_of(server), "/docs"):
-            browser.wait('document.querySelector("#operations > .operation")')
-            browser.run('for (const box of document.querySelectorAll(".operation")) box.open = true;')
-            browser.wait('document.querySelectorAll(".operation .docs").length === args[0]', len(operations(api)))
-            shown = iter(browser.run(API_SHOWN))
-        for group, members in itertools.groupby(operations(api), lambda each: each[0]):
-            assert next(shown) == group
-            for (_, name, operation), (shown_name, summary, cells) in zip(members, shown, strict=False):
-                errors = {status: answer["description"] for status, answer in operation["responses"].items()}
-                del errors["200"]
-                assert shown_name == name and operation["summary"] in summary
-                assert cells[::2] == [*names_to_show(api, operation), *sorted(errors)]
-                assert dict(zip(cells[::2], cells[1::2], strict=True)).items() >= errors.items()
-                assert all(cells), "a field without a type"
-        assert not list(shown)
-
-    @waits
-    def test_a_deep_link_opens_its_operation(self, serve, browser):
-        opened_at = 'document.activeElement.closest(".operation[open]").id === location.hash.slice(1)' \
-                    " && location.hash.slice(1) === args[0]"
-        is_seen = "const {top, bottom} = document.activeElement.getBoundingClientRect(); " \
-                  "return top >= 0 && bottom <= innerHeight;"
-        with opened(browser, url_of(serve("--log", "off")), "/docs#get-openapi-json"):
-            browser.wait(opened_at, "get-openapi-json")
-            assert browser.run(is_seen)
-            browser.click("#post-chat-stream summary a")
-            browser.wait(opened_at, "post-chat-stream")
-            assert browser.run(is_seen)
-            assert browser.run(TEXTS, "nav [aria-current=page]") == ["API"]
-            assert browser.run(TEXTS, "main > section:not([hidden]) h2")[0] == "Streams"
-
-    @waits
-    def test_every_operation_can_be_tried_and_its_curl_line_does_the_same(self, serve, browser):
-        needs("curl")
-        server, session = serve("--token", TOKEN, *INSTANT), new_id()
-        turn = json.dumps({"message": QUOTES, "session_id": session, "turn_id": "t-1"}, ensure_ascii=False)
-        all_of_them = sorted(operations(server.get("/openapi.json")), key=lambda each: each[1].startswith("delete"))
-        with opened(browser, url_of(server), "/docs"):
-            browser.run('sessionStorage.setItem("token", args[0]);', TOKEN)
-            browser.wait('document.querySelector("#operations > .operation")')
-            for _, name, _ in all_of_them:
-                body = turn if re.fullmatch("post-.*-stream", name) else "{\t}"
-                values = {"session_id": session, "after": "1", "body": body}
-                status, headers, body = browser.run(TRY, name, values, True)
-                assert re.fullmatch(r"200 OK . head after \d+\.\d{3} s . all after \d+\.\d{3} s", status), name
-                assert re.search("(?mi)^content-type: .*(json|html)", headers), name
-                box = f"#{name}"
-                assert TOKEN not in browser.run(TEXTS, box)[0]
-                if name.startswith("delete"):
-                    server.request("POST", "/sessions/new", {"session_id": session})
-                printed = run(["sh", "-c", browser.run(COPY, box + " .row > .copy")], None)
-                if lines := browser.run(TEXTS, box + " .body .raw"):
-                    assert printed.splitlines() == lines and json.loads(lines[-1])["type"] == "complete"
-                elif "html" in headers:
-                    assert [printed] == browser.run(TEXTS, box + " .body pre")
-                else:
-                    assert json.loads(printed).keys() == json.loads(body.removeprefix("Body")).keys()
-        assert server.stats()["total_requests"] == 1, "the curl line is a retry"
-
-    @waits
-    def test_a_wrong_body_is_sent_as_it_stands_and_its_problem_shown(self, serve, browser):
-        with opened(browser, url_of(serve("--log", "off")), "/docs", ["network"]):
-            browser.wait('document.querySelector("#post-chat-stream")')
-            for body, code in [('{"message": "Hi",}', "invalid_json"), ("", "invalid_json"), ("{}", "invalid_field")]:
-                status, headers, shown = browser.run(TRY, "post-chat-stream", {"body": body}, True)
-                assert status.startswith("400 Bad Request") and "application/problem+json" in headers
-                assert json.loads(shown.removeprefix("Body"))["code"] == code
-
-    @waits
-    def test_a_stream_is_shown_line_by_line_and_can_be_left(self, serve, browser):
-        server, session = serve("--log", "off"), new_id()
-        with opened(browser, url_of(server), "/docs"):
-            browser.wait('document.querySelector("#post-chat-stream")')
-            body = json.dumps({"message": LONG, "session_id": session})
-            browser.run(TRY, "post-chat-stream", {"body": body}, False)
-            browser.wait('document.querySelectorAll("#post-chat-stream [data-type=chunk]").length > 2')
-            assert server.readers(session) == [1]
-            browser.click("#post-chat-stream .abort")
-            browser.wait('!document.querySelector("#post-chat-stream .try").disabled')
-            assert re.match("200 OK .* aborted after", browser.run(TEXTS, "#post-chat-stream .status")[0])
-            assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
-
-
-RAN = "window.ran = 1"
-HOSTILE_TEXT = "\n".join([
-    f'<img src=x onerror="{RAN}">', f"</script><script>{RAN}</script>", f"</div></article><svg onload='{RAN}'>",
-    "<iframe srcdoc='<script>top.ran = 1</script>'>", f"javascript:{RAN}", f"[link](javascript:{RAN})",
-    "<!-- </style> --> &lt;b&gt; &amp; &#60;", "a\u202eb \u2066c \u200fd\u061c \u2029e \x85f",
-    "\\u0000 \x00 \x07 \x1b[31m \x7f \ufffe", "x" * 10_000, "\U0001f600" * 2000,
-    f"```<img src=x onerror={RAN}>", f"</pre><script>{RAN}</script>" + "y" * 5000, "```",
-])
-MADE_OF = {             # a place in the page, and the elements in it
-    "#log": "article h3 div p span pre button", "#lines": "div span", "#sessions": "li button span small", "#title": "",
-    "#server": "", "#wire-facts": "div dt dd", "#state": "", "#progress": "",
+def one_of_many(server):
+    """A proxy to many servers: this one will have the sessions, and another one answers for the list."""
+    pages = {"/sessions": ("application/json", json.dumps(server.get("/sessions")).encode())}
+    return Site(server.address, pages)
+
+
+def streams(proxy):
+    """The requests for streams that the page has sent, each as its method and path."""
+    return [line.removesuffix(" HTTP/1.1") for line in proxy.requests if STREAM.match(line)]
+
+
+OTHER_SOFTWARE = {      # what it does to each text node of an answer
+    "a translator wraps": """
+        if (text.parentNode.matches("font")) continue;
+        const [outer, inner] = [document.createElement("font"), document.createElement("font")];
+        text.replaceWith(outer); outer.append(inner); inner.append(text);""",
+    "a translator replaces": """
+        if (text.parentNode.matches("font")) continue;
+        const [outer, inner] = [document.createElement("font"), document.createElement("font")];
+        text.replaceWith(outer); outer.append(inner); inner.append(text.data);""",
+    "an extension copies the line": "copy(text.parentNode);",
+    "an extension copies the block": 'copy(text.parentNode.closest(".text > *"));',
+    "an extension copies the text": 'copy(text.parentNode.closest(".text"));',
+    "an extension copies the answer": 'copy(text.parentNode.closest("article"));',
 }
-ELEMENTS = 'return Array.from(document.querySelectorAll(args[0] + " *"), element => element.localName);'
-MISFITS = """       // what is wider than its box, or not wholly in the window
-const short = "#title, #sessions .name, textarea, input", scrolling = ".code pre";
-return Array.from(document.querySelectorAll("html, body, body *")).filter(element => {
-  if (!element.checkVisibility() || element.matches(short) || element.closest("svg")) return false;
-  const {clientWidth, scrollWidth} = element, {left, right} = element.getBoundingClientRect();
-  return clientWidth && scrollWidth > clientWidth + 1 && !element.matches(scrolling)
-         || (left < -1 || right > innerWidth + 1) && !element.closest(scrolling);
-}).map(({localName, id, className}) => [localName, id, className]);
+INTERFERE = """
+const copy = element => {
+  if (element.dataset.copied) return;
+  element.dataset.copied = "yes";
+  element.replaceWith(element.cloneNode(true));
+};
+setInterval(() => {
+  const found = [];
+  for (const box of document.querySelectorAll("article.model > .text")) {
+    const walker = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) found.push(walker.currentNode);
+  }
+  for (const text of found) {
+    if (!text.isConnected) continue;
+    DEED
+  }
+}, 20);
 """
+FAILS_TO_DRAW = """
+const {appendData} = Text.prototype;
+Text.prototype.appendData = function(text) {
+  if (text.includes(args[0])) { Text.prototype.appendData = appendData; throw new RangeError("broken on purpose"); }
+  appendData.call(this, text);
+};
+"""
+FENCES = [              # a text, and its code blocks (CommonMark, section 4.5)
+    ("no code", []), ("a ``` b ```\n", []), ("``\nno\n``", []), ("    ```\nno\n", []), ("\t```\nno\n", []),
+    ("``` a`b\nno\n", []), ("~~\n~ ~~~\n", []), ("```py\nprint(1)\n```\nafter", ["print(1)\n"]),
+    ("before\n```\nopen\n\nto the end", ["open\n\nto the end"]), ("~~~ a`b\n```\n~~~\n", ["```\n"]),
+    ("````\n```\n````` \n", ["```\n"]), ("```\na\n``` x\n~~~\n```", ["a\n``` x\n~~~\n"]),
+    ("   ```\n  a\n  ```\n```\nb\n```", ["  a\n", "b\n"]), ("\n\n```\n\n\n```\n\n", ["\n\n"]),
+    ("```\n    ```\n", ["    ```\n"]), ("```\nx\n```\n" * 2, ["x\n", "x\n"]), ("```\r\nx\r\n```\r\ny", ["x\r\n"]),
+]
 PLAYED = """        // each case is a turn: steps, each of which is a list of events that come at once
 const [cases] = args, {fetch} = window, results = [], {port1, port2} = new MessageChannel();
 const soon = () => new Promise(then => { port1.onmessage = then; port2.postMessage(0); });
@@ -7981,21 +7333,801 @@ for (const steps of cases) {
   document.querySelector("#message").value = "Hi";
   document.querySelector("#form").requestSubmit();
   await until(() => turn_id);
-  const box = document.querySelector("#log > article.model:last-of-type > .text");
+  const answer = document.querySelector("#log > article.model:last-of-type");
+  const shown = () => answer.querySelector(".text")?.textContent ?? "";
   for (const events of steps) {
     for (const event of events) {
       if (event.type === "session_info") event.turn_id = turn_id;
       if (event.type === "chunk") text += event.text;
       body.enqueue(new TextEncoder().encode(JSON.stringify(event) + "\\n"));
     }
-    await until(() => box.textContent === text);
-    if (box.textContent !== text) wrong.push([text, box.textContent]);
+    await until(() => shown() === text);
+    if (shown() !== text) wrong.push([text, shown()]);
   }
   body.close();
-  await until(() => box.parentElement.querySelector(".end:not(:empty)"));
-  results.push([wrong, Array.from(box.querySelectorAll(".code pre"), code => code.textContent)]);
+  await until(() => answer.querySelector(".end"));
+  results.push([wrong, Array.from(answer.querySelectorAll(".code pre"), code =>
+    Array.from(code.querySelectorAll("span:not(.fence)"), line => line.textContent).join(""))]);
 }
 return results;
+"""
+
+
+def played(*texts):
+    """The steps of a turn with these chunks, which come one by one."""
+    chunks = [[{"type": "chunk", "text": text, "chunk_number": number}] for number, text in enumerate(texts, 1)]
+    end = {"type": "complete", "finish_reason": "stop", "total_chunks": len(texts), "processing_time": 1,
+           "message_count": 0}      # as many as the server has, or the page reads the history
+    return [[{"type": "session_info"}, {"type": "status", "context_messages": 0}], *chunks, [end]]
+
+
+def cut_by_chance(chance, text):
+    cuts = sorted(chance.choices(range(len(text) + 1), k=5))
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+
+
+LONG_TASKS = """
+window.tasks = [];
+new PerformanceObserver(list => tasks.push(...list.getEntries().map(task => task.duration)))
+  .observe({type: "longtask"});
+"""
+
+
+class TestThePageShowsText:
+    """An answer is appended as it comes, and is whole or says that it is not. What the reader does stays."""
+
+    @waits
+    def test_other_software_may_change_the_text_at_any_moment(self, serve, browser):
+        server = serve("--chunk-delay", "0.01", "--chunk-words", "1", "--log", "off")
+        message = "one two\nthree four\n```py\nfive six\nseven\n```\neight\n" * 3
+        for name, deed in OTHER_SOFTWARE.items():
+            with visited(browser, server) as session:
+                browser.run(INTERFERE.replace("DEED", deed))
+                send(browser, message)
+                until(browser, "complete")
+                [answer] = [text for role, text in server.history(session) if role == "model"]
+                assert "".join(browser.run(TEXTS, "article.model > .text")) == answer, name
+
+    @waits
+    def test_text_comes_after_any_node_was_removed(self, serve, browser):
+        with visited(browser, serve(*CALM)):
+            send(browser, LONG)
+            for removed in ("span", "div", ".text", "article.model", "#log > *"):
+                until_longer(browser)
+                browser.run(f"for (const each of document.querySelectorAll('#log {removed}')) each.remove();"
+                            .replace("#log #log", "#log"))
+                assert len(browser.run(f"return {ANSWERED} ?? '';")) < 50, "removed"
+            until_longer(browser)
+            browser.click("#stop")
+            until(browser, "stopped")
+            assert "stopped" in seen(browser, ".end")[-1]
+
+    @waits
+    def test_an_exception_while_drawing_is_a_failure(self, serve, browser):
+        server = serve(*INSTANT)
+        with visited(browser, server, excused=["console-api"]) as session:
+            browser.run(FAILS_TO_DRAW, "offline")
+            send(browser, "Hi")
+            until(browser, "failed")
+            assert "broken on purpose" in browser.run(f"return {NOTICE};")
+            assert "could not show" in seen(browser, ".end")[0]
+            browser.click(".retry")
+            until(browser, "complete")
+            check_articles(browser, server, session)
+            assert not browser.run(f"return {NOTICE};") and len(server.history(session)) == 2
+
+    @waits
+    def test_each_character_is_shown_as_it_comes_and_fenced_code_is_set_apart(self, serve, browser):
+        chance = random.Random(1)
+        parts = ["```", "~~~", "`", "~", "\n", "\n", " ", "a", "\u2028", "\U0001f600"]
+        texts = ["".join(chance.choices(parts, k=20)) for _ in range(60)]
+        with visited(browser, serve("--log", "off")):
+            in_pieces = browser.run(PLAYED, [played(*cut_by_chance(chance, text)) for text in texts])
+            assert in_pieces == browser.run(PLAYED, [played(text) for text in texts])
+            assert not [wrong for wrong, _ in in_pieces if wrong]
+            for cut in (lambda text: [text], list):
+                assert browser.run(PLAYED, [played(*cut(text)) for text, _ in FENCES]) == [[[], c] for _, c in FENCES]
+            browser.run(PLAYED, [played("```py\niiii\nMMMM\n```\n")])
+            assert browser.run(COPY, ANSWER + " .code .copy") == "iiii\nMMMM\n"
+
+    @waits
+    def test_five_thousand_chunks_are_shown_and_the_page_stays_usable(self, serve, browser):
+        server = serve("--chunk-words", "1", *INSTANT)
+        with visited(browser, server) as session:
+            browser.run(LONG_TASKS)
+            text = say(browser, "word " * 4990)
+            browser.run('location.hash = "wire";')
+            browser.wait(WIRE_IS_WHOLE)
+            lines = [raw for kind, *_, raw in browser.run(WIRE) if kind in EVENTS]
+            tasks = browser.run("return tasks;")
+        assert text == server.history(session)[-1][1] and len(lines) > 5000
+        assert "".join(line + "\n" for line in lines).encode() == b"".join(server.follow(session).read().lines)
+        assert max(tasks, default=0) < 5000, "a person who types has to wait"
+
+
+def scroll_by_wheel(browser):
+    browser.cdp("Input.dispatchMouseEvent", type="mouseWheel", x=700, y=450, deltaX=0, deltaY=-8)
+
+
+def scroll_by_finger(browser):
+    places = [(700, 400 + way) for way in range(0, 60, 4)]
+    for kind, points in [("touchStart", places[:1]), *(("touchMove", [place]) for place in places), ("touchEnd", [])]:
+        browser.cdp("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y} for x, y in points])
+
+
+def scroll_by_key(browser):
+    browser.keys(ARROW_UP)
+
+
+def scroll_by_other_software(browser):
+    browser.run('for (const box of document.querySelectorAll("#log, #lines")) box.scrollTop -= 9;')
+
+
+class TestThePageLeavesTheReaderAlone:
+    """The reader owns the scroll position and the selection, whatever comes in the meantime."""
+
+    @waits
+    def test_any_scroll_upwards_lets_go_and_only_the_very_end_follows_again(self, serve, browser):
+        with visited(browser, serve(*CALM)):
+            send(browser, "line\n" * 50 + LONG)
+            for view, box, button in (("chat", "#log", "#latest"), ("wire", "#lines", "#lines-latest")):
+                browser.run("location.hash = args[0];", view)
+                for scroll in (scroll_by_wheel, scroll_by_finger, scroll_by_key, scroll_by_other_software):
+                    browser.wait(f"(() => {{ {PLACES} }})()[0] > 100", box)
+                    browser.click(box)
+                    browser.wait("document.activeElement.matches(args[0])", box)
+                    until_longer(browser)
+                    assert browser.run(PLACES, box)[1] <= 2, "it does not follow"
+                    scroll(browser)
+                    browser.wait("document.querySelector(args[0]).checkVisibility()", button)
+                    until_longer(browser)       # a scroll is smooth
+                    place = browser.run(PLACES, box)[0]
+                    until_longer(browser, 200)
+                    assert browser.run(PLACES, box)[0] == place, (view, scroll)
+                    browser.click(button)
+                    browser.wait("document.querySelector(args[0]).hidden", button)
+            browser.click("#stop")
+            until(browser, "stopped")
+
+    @waits
+    def test_a_selection_stays_while_the_text_grows_and_others_speak(self, serve, browser):
+        server = serve(*CALM)
+        selected = "return getSelection().toString();"
+        select = "getSelection().selectAllChildren(document.querySelector(args[0]));"
+        with visited(browser, server) as session:
+            server.turn("line\n" * 60, session_id=session)
+            browser.wait(f"({ARTICLES}).length === 2")
+            send(browser, LONG)
+            until_longer(browser, 50)
+            browser.run(select, f"{ANSWER} > .text")
+            text = browser.run(selected)
+            until_longer(browser)
+            assert text.startswith("You said: word") and browser.run(selected).startswith(text)
+            browser.run('location.hash = "wire";')
+            browser.run(select, "#lines > [data-type=chunk] > .raw")
+            line = browser.run(selected)
+            browser.run("window.count = document.querySelectorAll('#lines > .line').length;")
+            browser.wait("document.querySelectorAll('#lines > .line').length > count + 5")
+            assert '"type":"chunk"' in line and browser.run(selected) == line
+            browser.run('location.hash = "chat";')
+            check_stop(browser, server, session)
+            browser.run(select, "article.user:first-of-type > .text")
+            browser.run('document.querySelector("#log").scrollTop = 30;')
+            text = browser.run(selected)
+            focus = browser.run("return document.activeElement.id;")
+            server.turn("From another client", session_id=session)
+            browser.wait(f"({ARTICLES}).length === 6")
+            until(browser, "complete")
+            assert browser.run(PLACES, "#log")[0] == 30 and browser.run(selected) == text
+            assert browser.run("return document.activeElement.id;") == focus
+            check_articles(browser, server, session)
+
+
+class TestThePageChats:
+    """README, "The page": what a person does, and what the page says about it."""
+
+    @waits
+    def test_sessions_have_names_and_are_opened_begun_cleared_and_deleted(self, serve, browser):
+        server, first = serve(*INSTANT), "0123456789abcdef"
+        for message in ("What is\n a transfer chunk?", "And then?"):
+            server.turn(message, session_id=first)
+        server.turn("Hi", session_id="two")
+        chosen = 'document.querySelector("#sessions [aria-current=true] .name").textContent.trim()'
+        with opened(browser, url_of(server), f"/demo?session={first}"):
+            browser.wait(f"{NAMES}.join() === 'two Hi,01234567 What is a transfer chunk?'")
+            assert browser.run(f"return {chosen};").startswith("01234567 What is")
+            check_articles(browser, server, first)
+            browser.click("[data-id=two]")
+            browser.wait(f"{chosen} === 'two Hi' && location.search === '?session=two' && ({ARTICLES}).length === 2")
+            check_articles(browser, server, "two")
+            browser.click("#new")
+            browser.wait("!location.search")
+            assert browser.run(f"return {ARTICLES};") == []
+            say(browser, "Third")
+            session = browser.run("return location.search;").partition("=")[2]
+            browser.wait(f"{NAMES}[0] === args[0]", session[:8] + " Third")
+            check_articles(browser, server, session)
+            browser.click("[data-id=two]")
+            browser.wait(f"{chosen} === 'two Hi' && ({ARTICLES}).length === 2")
+            for button in ("#clear", "#delete"):
+                browser.click(button)
+                decide(browser, "dismiss")
+            assert len(server.history("two")) == 2
+            browser.click("#clear")
+            decide(browser, "accept")
+            browser.wait(f"({ARTICLES}).length === 0 && {chosen} === 'two'")
+            assert server.history("two") == []
+            say(browser, "Again")
+            check_articles(browser, server, "two")
+            browser.click("#delete")
+            decide(browser, "accept")
+            browser.wait("!document.querySelector('[data-id=two]')")
+            assert server.session_ids() == {first, session} and browser.run(f"return {ARTICLES};") == []
+
+    @waits
+    def test_keys_send_stop_and_belong_to_an_input_method(self, serve, browser):
+        """UI Events, section 5.7: the keys of an input method have the code 229, in Safari also its last one."""
+        def press(key, code):
+            browser.cdp("Input.dispatchKeyEvent", type="rawKeyDown", key=key, code=key, windowsVirtualKeyCode=code)
+
+        with visited(browser, serve(*CALM)):
+            browser.click("#message")
+            browser.keys(" " + ENTER)
+            browser.keys("One")
+            browser.keys(ENTER, held=SHIFT)
+            browser.cdp("Input.imeSetComposition", text="\u304b", selectionStart=1, selectionEnd=1)
+            press("Enter", 13)
+            browser.cdp("Input.insertText", text="\u65e5")
+            press("Enter", 229)
+            assert browser.run(f"return {STATE};") == "idle"
+            browser.cdp("Input.insertText", text="\n" + LONG)
+            browser.keys(ENTER)
+            until_longer(browser)
+            press("Escape", 229)
+            until_longer(browser)
+            assert browser.run(f"return {STATE};") == "streaming"
+            browser.keys(ESCAPE)
+            until(browser, "stopped")
+            assert browser.run(f"return {ARTICLES};")[0] == ["user", " One\n\u65e5\n" + LONG]
+
+    @waits
+    def test_a_phone_has_room_and_its_return_key_makes_a_new_line(self, serve, browser):
+        toggle = "return document.querySelector('#sessions-toggle').getBoundingClientRect().y;"
+        small = """
+return Array.from(document.querySelectorAll("button, a, summary, input"))
+  .filter(each => each.checkVisibility() && Math.min(each.offsetWidth, each.offsetHeight) < 24)
+  .map(each => each.outerHTML);
+"""
+        server = serve(*INSTANT)
+        with visited(browser, server) as session:
+            browser.cdp("Emulation.setTouchEmulationEnabled", enabled=True, maxTouchPoints=1)
+            resize(browser, 360)
+            browser.click("#message")
+            browser.keys("One" + ENTER + "```" + ENTER + "two")
+            assert browser.run("return document.querySelector('#message').dir;") == "auto"
+            browser.click("#send")
+            until(browser, "complete")
+            check_articles(browser, server, session)
+            assert server.history(session)[0] == ("user", "One\n```\ntwo")
+            place = browser.run(toggle)
+            browser.click("#sessions-toggle")
+            browser.wait("document.querySelector('#new').checkVisibility()")
+            assert browser.run(toggle) == place
+            for view in views(browser):
+                assert not browser.run(small), view
+
+    @waits
+    def test_a_stop_works_though_nothing_more_comes(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        stalls = {"sending": 0, "waiting": b'{"type":"chunk"', "streaming": b'"chunk_number":3'}
+        with Proxy(server.address, [fault for stall in stalls.values() for fault in (Fault(stall=stall), Fault())]) \
+                as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            for state in stalls:
+                send(browser, LONG)
+                until(browser, state)
+                if state == "streaming":
+                    browser.wait(f"{ANSWERED} === args[0]", "You said: " + "word " * 6)
+                check_stop(browser, server, session)
+        assert streams(proxy) == [f"POST /sessions/{session}/stream"] * 6
+
+    @waits
+    def test_what_failed_or_was_refused_is_told_in_words_until_the_next_answer(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with Proxy(server.address, [Fault(instead=refusal(409))]) as proxy, \
+                opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            send(browser, SPACED)
+            browser.wait(f"{NOTICE}.endsWith('not sent. Because I say so.')")
+            assert browser.run('return document.querySelector("#message").value;') == SPACED
+            browser.click("#send")
+            until(browser, "complete")
+            check_articles(browser, server, session)
+            assert not browser.run(f"return {NOTICE};")
+            send(browser, LONG)
+            until(browser, "streaming")
+            server.request("POST", f"/sessions/{session}/clear")
+            until(browser, "failed")
+            assert "session_cleared" in seen(browser, ".end.failed")[0]
+            browser.wait("document.querySelector('#log').textContent.includes('no longer has the messages above')")
+            browser.click(".retry")
+            until(browser, "streaming")
+            seconds = browser.run("return parseFloat(document.querySelector('#progress').textContent.split('·')[1]);")
+            browser.click("#stop")
+            until(browser, "stopped")
+            assert seconds < 5 and not seen(browser, ".retry, #told")
+            assert browser.run(f"return {ARTICLES};")[2:] == [list(each) for each in server.history(session)]
+
+    @waits
+    def test_the_token_is_asked_for_and_kept_for_the_tab_alone(self, serve, browser):
+        server = serve("--token", TOKEN, *INSTANT)
+        is_asked = "document.querySelector('#token').checkVisibility()"
+        with opened(browser, url_of(server), "/demo?session=one", ["network"]):
+            for token in ("wrong", TOKEN):
+                browser.wait(f"{is_asked} && document.activeElement.id === 'token'")
+                browser.keys(token + ENTER)
+            browser.wait(f"!{is_asked} && document.activeElement.id === 'message'")
+            say(browser, "Hi")
+            check_articles(browser, server, "one")
+            browser.ask("POST", "/refresh")
+            browser.wait(f"({ARTICLES}).length === 2")
+            assert not browser.run(f"return {is_asked};")
+            kept = "return JSON.stringify({...args[0] ? sessionStorage : localStorage}) + document.cookie + location;"
+            assert TOKEN in browser.run(kept, True) and TOKEN not in browser.run(kept, False)
+            with browser.tab():
+                browser.open(url_of(server) + "/demo?session=one")
+                browser.wait(is_asked)
+
+    @waits
+    def test_the_page_is_quiet(self, serve, browser):
+        """While nothing happens it asks for the list every four seconds, and for nothing while it is hidden."""
+        server = serve(*CALM)
+        with Proxy(server.address) as proxy:
+            server.turn("Hi", session_id="one")
+            with opened(browser, proxy.url, "/demo?session=one"):
+                until(browser, "complete")
+                browser.wait(f"{NAMES}.join() === 'one Hi'")
+                before = len(proxy.requests)
+                time.sleep(9)
+                assert {*proxy.requests[before:]} == {"GET /sessions HTTP/1.1"} and len(proxy.requests) - before <= 3
+                send(browser, LONG)
+                until(browser, "streaming")
+                with browser.tab():
+                    time.sleep(0.5)     # what was asked before is over
+                    before = len(proxy.requests)
+                    time.sleep(5)
+                    assert len(proxy.requests) == before and server.readers("one") == [1]
+                check_stop(browser, server, "one")
+
+
+class TestThePageRecovers:
+    """After a cut the page shows the server's text, nothing twice and nothing missing, and says so."""
+
+    @waits
+    def test_a_cut_at_any_place_neither_loses_nor_doubles_text(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        cuts = [*random.Random(2).sample(places_to_cut(server, 3), 10), b'"is_final":true', b"\n\r\n0\r\n"]
+        trouble = [fault for _, raw in MAY_PASS[:8] for fault in (Fault(instead=raw), Fault())]
+        with Proxy(server.address, [*cut_once(cuts), *BYTE_BY_BYTE, *trouble]) as proxy, \
+                opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            for number in range(1, len(cuts) + 10):
+                send(browser, TEXT)
+                browser.wait(f"({ARTICLES}).length === args[0] && {STATE} === 'complete'", 2 * number)
+            check_articles(browser, server, session)
+        assert {*streams(proxy)} == {f"POST /sessions/{session}/stream"}, "its own turn is sent again"
+        assert server.stats()["total_requests"] == len(cuts) + 9 + 1    # one by `places_to_cut`
+
+    @waits
+    def test_a_reload_in_mid_answer_goes_on_with_question_and_answer(self, serve, browser):
+        server = serve(*CALM)
+        elapsed = "return parseFloat(document.querySelector('#progress').textContent.split('·')[1]);"
+        with Proxy(server.address) as proxy, opened(browser, proxy.url, "/demo?session=one", ["network"]):
+            started = time.monotonic()
+            send(browser, SPACED + LONG)
+            until_longer(browser, 400)
+            browser.ask("POST", "/refresh")
+            browser.wait(f"{STATE} === 'streaming' && ({ARTICLES})[1][1].length > 400")
+            until_longer(browser)
+            assert abs(browser.run(elapsed) - (time.monotonic() - started)) < 3
+            assert browser.run(f"return {ARTICLES};")[0] == ["user", SPACED + LONG]
+            browser.run('location.hash = "wire";')
+            browser.wait("document.querySelector('#wire-facts').textContent.includes('not measured')")
+            assert "First chunk–" in browser.run("return document.querySelector('#wire-facts').textContent;")
+            assert "repeated" in browser.run("return document.querySelector('#lines > [data-type=chunk]').className;")
+            browser.run('location.hash = "chat";')
+            check_stop(browser, server, "one")
+            browser.ask("POST", "/refresh")
+            until(browser, "stopped")
+            check_articles(browser, server, "one")
+        assert streams(proxy) == ["POST /sessions/one/stream"] + ["GET /sessions/one/stream?after=0"] * 2
+        assert server.stats()["total_requests"] == 1
+
+    @waits
+    def test_a_second_window_notices_a_turn_and_follows_it_by_get(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            first = browser.ask("GET", "/window")
+            with browser.tab("window") as second:
+                browser.open(f"{proxy.url}/demo?session={session}")
+                until(browser, "idle")
+                server.turn(SPACED, session_id=session)
+                browser.wait(f"({ARTICLES}).length === 2")
+                browser.show(first)
+                send(browser, LONG)
+                browser.show(second)
+                browser.wait(f"{STATE} === 'streaming' && ({ARTICLES})[2]?.[1] === args[0]", LONG)
+                until_longer(browser)
+                proxy.down()
+                proxy.up()
+                until_longer(browser)
+                browser.wait(f"{NOTICE}.includes('Nothing is missing')")
+                assert server.readers(session) == [2]
+                check_stop(browser, server, session)
+                browser.show(first)
+                until(browser, "stopped")
+                browser.wait(f"({ARTICLES}).length === 4")     # with what was said while it was hidden
+                check_articles(browser, server, session)
+        assert [line.split()[0] for line in streams(proxy)].count("POST") == 2, "the second window only follows"
+
+    @waits
+    def test_a_server_that_was_away_is_found_again(self, serve, browser):
+        server, session = serve(*CALM), new_id()
+        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            until(browser, "idle")
+            proxy.down()
+            until(browser, "away")
+            send(browser, TEXT)
+            browser.wait(f"({ARTICLES}).length === 2")
+            until(browser, "away")
+            proxy.up()
+            until(browser, "complete")
+            send(browser, LONG)
+            for _ in range(3):
+                until_longer(browser)
+                proxy.down()
+                browser.wait(f"['cut', 'away'].includes({STATE})")
+                proxy.up()
+                until(browser, "streaming")
+                assert "resumed. Nothing is missing." in browser.run(f"return {NOTICE};")
+            check_stop(browser, server, session)
+            assert len(server.history(session)) == 4
+            say(browser, TEXT)
+            assert not browser.run(f"return {NOTICE};")
+
+    @cases([("alone", lambda server: Proxy(server.address)), ("one of many", one_of_many)])
+    @waits
+    def test_a_killed_server_runs_the_turn_again_when_it_is_back(self, serve, browser, case):
+        _, proxy_to = case
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ("--log", "off", "--db", folder + "/chat.db", "--chunk-delay")
+            before = serve(*flags, "0.2")
+            with proxy_to(before) as proxy, opened(browser, proxy.url, "/demo?session=one", ["network"]):
+                say(browser, "Hi")
+                send(browser, LONG)
+                until_longer(browser, 30)
+                before.process.kill()
+                before.process.wait(PATIENCE)
+                after = serve(*flags, "0")
+                proxy.target = after.address
+                until(browser, "complete")
+                check_articles(browser, after, "one")
+                assert "another run" in browser.run(f"return {NOTICE};") and len(after.history("one")) == 4
+
+    @waits
+    def test_a_server_that_lost_its_memory_says_which_messages_are_gone(self, serve, browser):
+        before, after = serve(*CALM), serve(*CALM)
+        with Proxy(before.address) as proxy, opened(browser, proxy.url, "/demo?session=one", ["network"]):
+            say(browser, "Hi")
+            send(browser, LONG)
+            until_longer(browser)
+            proxy.down()
+            proxy.target = after.address
+            proxy.up()
+            browser.wait(f"{NOTICE}.includes('another run')")
+            until(browser, "streaming")
+            browser.click("#stop")
+            until(browser, "stopped")
+            told = [list(message) for message in after.history("one")]
+            assert browser.run(f"return {ARTICLES};")[2:] == told
+            assert "no longer has the messages above" in seen(browser, "#log > .end")[0]
+            after.request("DELETE", "/sessions/one")
+            browser.wait('document.querySelectorAll("#log > .end").length === 2')
+            say(browser, "Again")
+            assert browser.run(f"return {ARTICLES};")[4:] == [list(message) for message in after.history("one")]
+
+    @waits
+    def test_what_others_said_unseen_is_shown_in_its_place(self, serve, browser):
+        server, session = serve(*INSTANT), new_id()
+        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            until(browser, "idle")
+            say(browser, "One")
+            proxy.fault_of = lambda line: Fault(stall=0) if line.startswith("GET /sessions ") else Fault()
+            server.turn("Two", session_id=session)
+            say(browser, "Three")
+            proxy.fault_of = lambda line: Fault()
+            browser.wait(f"({ARTICLES}).length === 6")
+            check_articles(browser, server, session)
+
+    @waits
+    def test_a_turn_goes_on_while_another_session_is_shown(self, serve, browser):
+        server = serve(*CALM)
+        server.turn(SPACED, session_id="two")
+        with opened(browser, url_of(server), "/demo?session=one"):
+            send(browser, LONG)
+            until(browser, "streaming")
+            browser.click("[data-id=two]")
+            until(browser, "complete")
+            check_articles(browser, server, "two")
+            browser.click("[data-id=one]")
+            browser.wait(f"({ARTICLES})[1]?.[1].length > 100 && {STATE} === 'streaming'")
+            assert server.readers("one") == [1]
+            check_stop(browser, server, "one")
+
+
+# ---- The page's other views, its safety, and what it does for everyone
+
+QUOTES = "it's \"quoted\" $HOME `id` !! \\n \\ %s *\n\ttab \x7f caf\u00e9 \U0001f600 \u2028 ' '' <&>"
+WIRE = """
+return Array.from(document.querySelectorAll("#lines .line:not(.head)"), line => [line.dataset.type,
+  ...Array.from(line.children, cell => cell.textContent)]);
+"""
+WIRE_IS_WHOLE = '[...document.querySelectorAll("#lines .line:not([data-type=ping])")].at(-1).dataset.type === "note"'
+USABLE = """
+["drop", "resume", "again", "curl"].filter(id => !document.getElementById(id).disabled).join(" ") === args[0]
+"""
+TICKS = """     // where each of these lines stands on the time axis
+return Array.from(document.querySelectorAll(`#picture [data-type=${args[0]}]`), path => path.getAttribute("d"))
+  .join("").split("M").slice(1).map(parseFloat);
+"""
+CURL_TOKEN = {"STREAMCHAT_TOKEN": TOKEN}
+
+
+class TestThePageShowsTheWire:
+    """README, "The page": each line of a stream as it came, and what recovery does, at the press of a button."""
+
+    @waits
+    def test_each_line_is_shown_as_it_came(self, serve, browser):
+        server = serve("--heartbeat", "0.05", "--log", "off")
+        with visited(browser, server, "wire") as session:
+            say(browser, TEXT)
+            browser.wait(WIRE_IS_WHOLE)
+            rows, ticks = browser.run(WIRE), browser.run(TICKS, "chunk")
+            facts = browser.run('return document.querySelector("#wire-facts").innerText')
+        kinds, since, gaps, sizes, raws = zip(*rows, strict=True)
+        lines = [raw for kind, raw in zip(kinds, raws, strict=True) if kind in EVENTS and kind != "ping"]
+        assert "".join(line + "\n" for line in lines).encode() == b"".join(server.follow(session).read().lines)
+        assert kinds[:2] == ("request", "response") and "ping" in kinds
+        first, body = raws[0].split("\n")
+        assert first == f"POST /sessions/{session}/stream HTTP/1.1" and json.loads(body)["message"] == TEXT
+        assert raws[1].startswith("HTTP 200 OK\n") and "\ncontent-type: application/x-ndjson" in raws[1]
+        lengths = [len(raw) + 1 if kind in EVENTS else 0 for kind, raw in zip(kinds, raws, strict=True)]
+        assert list(sizes) == [f"{length} ({length:x})" if length else "" for length in lengths]
+        assert f"\n{sum(lengths):,}" in facts
+        self.check_times(kinds, [float(time) for time in since], gaps, facts, ticks)
+
+    def check_times(self, kinds, since, gaps, facts, ticks):
+        for (earlier, later), gap in zip(itertools.pairwise(since), gaps[1:], strict=True):
+            assert abs(float(gap) - (later - earlier)) < 0.002
+        chunks = [time for kind, time in zip(kinds, since, strict=True) if kind == "chunk"]
+        assert all(time >= 0.1 * number for number, time in enumerate(chunks)), "earlier than the pace allows"
+        gaps = [later - earlier for earlier, later in itertools.pairwise(chunks)]
+        first, longest = re.search(r"First chunk\s(\S+) s[^,]*, (\S+) s longest", facts.replace(" –", " 0")).groups()
+        assert float(first) == chunks[0] and abs(float(longest) - max(gaps)) < 0.002
+        assert all(abs(tick / 1000 - time) < 0.002 for tick, time in zip(ticks, chunks, strict=True))
+
+    @waits
+    def test_a_connection_is_dropped_and_resumed_and_a_turn_sent_again(self, serve, browser):
+        server = serve("--chunk-delay", "0.05", "--heartbeat", "0.1", "--log", "off")
+        with visited(browser, server, "wire") as session:
+            browser.wait(USABLE, "")
+            send(browser, LONG)
+            browser.wait('document.querySelectorAll("#lines [data-type=chunk]").length > 5')
+            browser.wait(USABLE, "drop again curl")
+            browser.click("#drop")
+            until(browser, "dropped")
+            browser.wait(USABLE, "resume again curl")
+            assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
+            browser.click("#resume")
+            until_longer(browser)
+            assert "Nothing is missing" in browser.run(f"return {NOTICE};")
+            assert server.readers(session) == [1]
+            assert browser.run("return document.querySelectorAll('#picture .cut').length;") == 1
+            chunks = [raw for kind, *_, raw in browser.run(WIRE) if kind == "chunk"]
+            assert len(set(chunks)) == len(chunks), "a chunk came twice"
+            browser.click("#again")
+            browser.wait('document.querySelectorAll("#lines [data-type=session_info]").length === 3')
+            browser.click("#stop")
+            until(browser, "stopped")
+            browser.wait(USABLE, "resume again curl")
+            history = server.history(session)
+            assert history == [("user", LONG), ("model", answer_shown(browser))]
+            browser.click("#again")
+            browser.wait(f'document.querySelectorAll("#lines [data-type=complete]").length === 2 && {WIRE_IS_WHOLE}')
+            assert server.history(session) == history and answer_shown(browser) == history[1][1]
+            asked = [raw.split(" HTTP/1.1")[0] for kind, *_, raw in browser.run(WIRE) if kind == "request"]
+        assert asked[:1] + asked[2:] == [f"POST /sessions/{session}/stream"] * 3
+        assert int(asked[1].removeprefix(f"GET /sessions/{session}/stream?after=")) > 5
+        assert server.stats()["total_requests"] == 1
+
+    @waits
+    def test_the_curl_line_works_as_it_stands_and_never_has_the_token(self, serve, browser):
+        needs("curl")
+        for flags in ((), ("--token", TOKEN)):
+            server, session = serve(*INSTANT, *flags), new_id()
+            with opened(browser, url_of(server), excused=["network"]):      # it asks for the token
+                browser.run('sessionStorage.setItem("token", args[0]);', TOKEN if flags else "")
+                browser.open(f"{url_of(server)}/demo?session={session}#wire")
+                until(browser, "idle")
+                say(browser, QUOTES)
+                line = browser.run(COPY, "#curl")
+            history = server.history(session)
+            assert history[0] == ("user", QUOTES) and line.isascii() and TOKEN not in line
+            assert ("$STREAMCHAT_TOKEN" in line) is bool(flags)
+            printed = run(["sh", "-c", line], None, CURL_TOKEN)
+            assert printed.encode() == b"".join(server.follow(session).read().lines)
+            assert server.history(session) == history, "the line is a retry of the turn"
+
+
+TRY = """
+const [id, values, wait] = args, box = document.getElementById(id);
+const soon = () => new Promise(then => setTimeout(then, 5));
+box.open = true;
+while (!box.querySelector("form")) await soon();
+const form = box.querySelector("form");
+for (const [name, value] of Object.entries(values)) if (form.elements[name]) form.elements[name].value = value;
+form.dispatchEvent(new Event("input", {bubbles: true}));
+form.querySelector(".try").click();
+while (wait && form.querySelector(".try").disabled) await soon();
+return ["status", "headers", "body"].map(name => form.querySelector("." + name).innerText);
+"""
+API_SHOWN = """
+return Array.from(document.querySelector("#api").children, box => box.matches("h2") ? box.textContent : [
+  box.id, box.querySelector("summary").innerText,
+  Array.from(box.querySelectorAll(".docs td:first-child"), cell => cell.textContent)]);
+"""
+
+
+def resolved(api, schema):
+    """The schema itself, or that to which it refers."""
+    place = api if "$ref" in schema else schema
+    for name in schema.get("$ref", "").split("/")[1:]:
+        place = place[name]
+    return place
+
+
+def operations(api):
+    """Each with its group and the id that it has in the page, in the page's order."""
+    found = [(operation["tags"][0], re.sub("[^a-z0-9]+", "-", f"{method} {path}").strip("-"), operation)
+             for path, item in api["paths"].items() for method, operation in item.items()]
+    groups = list(dict.fromkeys(group for group, *_ in found))
+    return sorted(found, key=lambda each: groups.index(each[0]))
+
+def names_to_show(api, operation):
+    """Of its parameters, and of all fields that it reads and writes."""
+    schemas = []
+    for media in [*operation.get("requestBody", {}).get("content", {}).values(),
+                  *operation["responses"]["200"].get("content", {}).values()]:
+        schemas += resolved(api, media["itemSchema"])["oneOf"] if "itemSchema" in media else [media.get("schema", {})]
+    objects = [resolved(api, schema) for schema in schemas]
+    return [each["name"] for each in operation["parameters"]] + [
+        name for each in objects for name in each.get("properties", ())]
+
+
+class TestThePageShowsTheApi:
+    """README, "The page": the operations of /openapi.json, each to be tried."""
+
+    @waits
+    def test_every_operation_stands_in_its_group_with_its_fields_and_has_an_address(self, serve, browser):
+        server = serve("--log", "off")
+        api = server.get("/openapi.json")
+        opened_at = 'document.activeElement.closest(".operation[open]").id === location.hash.slice(1)' \
+                    " && location.hash.slice(1) === args[0]"
+        is_seen = "const {top, bottom} = document.activeElement.getBoundingClientRect(); " \
+                  "return top >= 0 && bottom <= innerHeight;"
+        with opened(browser, url_of(server), "/docs#get-openapi-json"):
+            browser.wait(opened_at, "get-openapi-json")
+            assert browser.run(is_seen)
+            browser.click("#post-chat-stream summary")
+            browser.wait("location.hash === '#post-chat-stream'")
+            assert browser.run(TEXTS, "nav [aria-current=page]") == ["API"]
+            assert not browser.run(TEXTS, "summary a")
+            browser.run('for (const box of document.querySelectorAll(".operation")) box.open = true;')
+            browser.wait('document.querySelectorAll(".operation .docs").length === args[0]', len(operations(api)))
+            shown = iter(browser.run(API_SHOWN))
+        for group, members in itertools.groupby(operations(api), lambda each: each[0]):
+            assert next(shown) == group
+            for (_, name, operation), (shown_name, summary, cells) in zip(members, shown, strict=False):
+                assert shown_name == name and operation["summary"] in summary
+                assert cells == names_to_show(api, operation)
+        assert not list(shown)
+
+    @waits
+    def test_every_operation_can_be_tried_and_its_curl_line_does_the_same(self, serve, browser):
+        needs("curl")
+        server, session = serve("--token", TOKEN, *INSTANT), new_id()
+        turn = json.dumps({"message": QUOTES, "session_id": session, "turn_id": "t-1"}, ensure_ascii=False)
+        all_of_them = sorted(operations(server.get("/openapi.json")), key=lambda each: each[1].startswith("delete"))
+        with opened(browser, url_of(server), "/docs"):
+            browser.run('sessionStorage.setItem("token", args[0]);', TOKEN)
+            browser.ask("POST", "/refresh")
+            browser.wait('document.querySelector("#api > .operation")')
+            for _, name, _ in all_of_them:
+                body = turn if re.fullmatch("post-.*-stream", name) else "{\t}"
+                values = {"session_id": session, "after": "1", "body": body}
+                status, headers, body = browser.run(TRY, name, values, True)
+                assert re.fullmatch(r"200 OK . head after \d+\.\d{3} s . all after \d+\.\d{3} s", status), name
+                assert re.search("(?mi)^content-type: .*(json|html)", headers), name
+                box = f"#{name}"
+                assert TOKEN not in browser.run(TEXTS, box)[0]
+                if name.startswith("delete"):
+                    server.request("POST", "/sessions/new", {"session_id": session})
+                line = browser.run(COPY, box + " .row > .copy")
+                printed = run(["sh", "-c", line], None, CURL_TOKEN)
+                assert TOKEN not in line
+                if lines := browser.run(TEXTS, box + " .body .raw"):
+                    assert printed.splitlines() == lines and json.loads(lines[-1])["type"] == "complete"
+                elif "html" in headers:
+                    assert [printed] == browser.run(TEXTS, box + " .body pre")
+                else:
+                    assert json.loads(printed).keys() == json.loads(body.removeprefix("Body")).keys()
+        assert server.stats()["total_requests"] == 1, "the curl line is a retry"
+
+    @waits
+    def test_a_wrong_body_is_sent_as_it_stands_and_a_stream_can_be_left(self, serve, browser):
+        server, session = serve("--log", "off"), new_id()
+        with opened(browser, url_of(server), "/docs", ["network"]):
+            browser.wait('document.querySelector("#post-chat-stream")')
+            for body, code in [('{"message": "Hi",}', "invalid_json"), ("", "invalid_json"), ("{}", "invalid_field")]:
+                status, headers, shown = browser.run(TRY, "post-chat-stream", {"body": body}, True)
+                assert status.startswith("400 Bad Request") and "application/problem+json" in headers
+                assert json.loads(shown.removeprefix("Body"))["code"] == code
+            body = json.dumps({"message": LONG, "session_id": session})
+            browser.run(TRY, "post-chat-stream", {"body": body}, False)
+            browser.wait('document.querySelectorAll("#post-chat-stream [data-type=chunk]").length > 2')
+            assert server.readers(session) == [1]
+            browser.click("#post-chat-stream .abort")
+            browser.wait('!document.querySelector("#post-chat-stream .try").disabled')
+            assert re.match("200 OK .* aborted after", browser.run(TEXTS, "#post-chat-stream .status")[0])
+            assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
+
+    @waits
+    def test_the_page_works_below_a_path_of_a_proxy(self, serve, browser):
+        server = serve(*INSTANT)
+        with nginx(server, ("location / {", "location /ai/ {"), ("proxy_pass " + url_of(server) + ";",
+                                                               "proxy_pass " + url_of(server) + "/;")) as address:
+            url = "http://{}:{}/ai".format(*address)
+            with opened(browser, url, "/docs"):
+                browser.wait('document.querySelector("#api .operation")?.checkVisibility()')
+                status, *_ = browser.run(TRY, "get-health", {}, True)
+                assert status.startswith("200 OK")
+                assert "/ai/health'" in browser.run(TEXTS, "#get-health .curl")[0]
+            with opened(browser, url, "/demo?session=one"):
+                say(browser, TEXT)
+                check_articles(browser, server, "one")
+            with chatting(url, "--session", "one") as chat:
+                assert url + "/docs" in chat.enter("/docs")
+
+
+RAN = "window.ran = 1"
+HOSTILE_TEXT = "\n".join([
+    f'<img src=x onerror="{RAN}">', f"</script><script>{RAN}</script>", f"</div></article><svg onload='{RAN}'>",
+    "<iframe srcdoc='<script>top.ran = 1</script>'>", f"javascript:{RAN}", f"[link](javascript:{RAN})",
+    "<!-- </style> --> &lt;b&gt; &amp; &#60;", "a\u202eb \u2066c \u200fd\u061c \u2029e \x85f",
+    "\\u0000 \x00 \x07 \x1b[31m \x7f \ufffe", "x" * 10_000, "\U0001f600" * 2000,
+    f"```<img src=x onerror={RAN}>", f"</pre><script>{RAN}</script>" + "y" * 5000, "```",
+])
+MADE_OF = {             # a place in the page, and the elements in it
+    "#log": "article h3 div p span pre button", "#lines": "div span", "#sessions": "li button span small",
+    "#title": "span",
+    "#server": "", "#wire-facts": "div dt dd", "#state": "", "#progress": "", "#told": "",
+}
+ELEMENTS = 'return Array.from(document.querySelectorAll(args[0] + " *"), element => element.localName);'
+MISFITS = """       // what is wider than its box, or not wholly in the window
+const short = ".cut-short, textarea, input", scrolling = ".code pre";
+return Array.from(document.querySelectorAll("html, body, body *")).filter(element => {
+  if (!element.checkVisibility() || element.matches(short) || element.closest("svg")) return false;
+  const {clientWidth, scrollWidth} = element, {left, right} = element.getBoundingClientRect();
+  return clientWidth && scrollWidth > clientWidth + 1 && !element.matches(scrolling)
+         || (left < -1 || right > innerWidth + 1) && !element.closest(scrolling);
+}).map(({localName, id, className}) => [localName, id, className]);
 """
 FRAMING = b'<!DOCTYPE html><link rel="icon" href="data:,"><iframe src="/demo"></iframe>'
 ATTEMPTS = """
@@ -8033,15 +8165,14 @@ REFUSED = sorted([*["require-trusted-types-for"] * 5, "script-src-elem", "style-
 def resize(browser, width):
     browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
 
-
 def check_harmless(browser):
     """Nothing ran, no element was made of data, and nothing leaves its box, also where there is little room."""
     resize(browser, 320)
     for view in ("chat", "wire"):
         browser.run("location.hash = args[0];", view)
         browser.wait("document.getElementById(args[0]).checkVisibility()", view)
-        if browser.run('return document.querySelector(".end:not(:empty)");'):
-            browser.wait(f"document.querySelector('#chat').checkVisibility() || {WIRE_IS_WHOLE}")
+        if view == "wire" and browser.run('return document.querySelector(".end");'):
+            browser.wait(WIRE_IS_WHOLE)
         assert not browser.run(MISFITS), view
     for place, names in MADE_OF.items():
         assert set(browser.run(ELEMENTS, place)) <= set(names.split()), place
@@ -8058,7 +8189,7 @@ class TestThePageIsSafe:
             for _ in range(2):      # one of them is in the history alone
                 server.turn(HOSTILE_TEXT, session_id=session)
             browser.ask("POST", "/refresh")
-            answer_shown(browser)
+            until(browser, "complete")
             say(browser, HOSTILE_TEXT)
             texts = [text for _, text in server.history(session)]
             assert len(texts) == 6 and browser.run(TEXTS, "#log > article > .text") == texts
@@ -8075,8 +8206,9 @@ class TestThePageIsSafe:
         with visited(browser, serve("--log", "off")):
             browser.run(PLAYED, [[[*lines, end]], [[*lines, error]]])
             assert browser.run(TEXTS, "#log > article > .text") == ["Hi", HOSTILE_TEXT] * 2
-            assert "function" not in browser.run(TEXTS, "#log > article > .end")[0], "a name that objects inherit"
-            assert HOSTILE_TEXT in browser.run(TEXTS, "#log > article > .error")
+            ends = browser.run(TEXTS, "#log > article > .end")
+            assert "function" not in ends[0], "a name that objects inherit"
+            assert HOSTILE_TEXT in ends[1]
             check_harmless(browser)
             assert error in map(json.loads, browser.run(TEXTS, "#lines [data-type=error] > .raw"))
 
@@ -8087,7 +8219,7 @@ class TestThePageIsSafe:
         session = {**dict.fromkeys(fields, forged), "message_count": 2}
         messages = [{"role": role, "text": HOSTILE_TEXT, "timestamp": forged, "turn_id": forged}
                     for role in (forged, "model")]
-        answers = {"/stats": {"model": forged, "streams": []},
+        answers = {"/": {"model": forged},
                    "/sessions": {"sessions": [session, {**session, "session_id": "s-1"}]},
                    "/sessions/s-1": {**session, "messages": messages, "latest_turn": None}}
         pages = {path: ("application/json", json.dumps(answer).encode()) for path, answer in answers.items()}
@@ -8096,10 +8228,10 @@ class TestThePageIsSafe:
                 opened(browser, site.url, "/demo?session=s-1", ["network"]):
             browser.wait('document.querySelectorAll("#log > article").length === 2')
             browser.wait('document.querySelector("#server").textContent === args[0]', f"Model: {forged}")
+            browser.wait(f"{NAMES}.some(name => name.startsWith('s-1 <img'))")
             send(browser, "Hi")
-            assert browser.wait('document.querySelector("#log > .notice")?.textContent').endswith(HOSTILE_TEXT)
+            browser.wait(f"{NOTICE}.endsWith(args[0])", HOSTILE_TEXT)
             assert browser.run(TEXTS, "#log > article > .text") == [HOSTILE_TEXT] * 2
-            assert forged in browser.run(TEXTS, "#sessions .name")
             check_harmless(browser)
 
     def test_the_policy_names_this_script_and_this_style_and_no_other_source(self, fast):
@@ -8117,7 +8249,7 @@ class TestThePageIsSafe:
             "form-action": "'none'", "frame-ancestors": "'none'", "require-trusted-types-for": "'script'",
             "trusted-types": "'none'"}
         assert fast.request("GET", "/docs").body == page.body
-        assert len(page.body) < 64 << 10
+        assert len(page.body) < 48 << 10
 
     @waits
     def test_the_browser_refuses_what_the_policy_forbids(self, serve, browser):
@@ -8129,75 +8261,6 @@ class TestThePageIsSafe:
             browser.open(site.url + "/")
             assert browser.run('return document.querySelector("iframe").contentDocument;') is None
             assert any("frame-ancestors 'none'" in entry["message"] for entry in browser.console())
-
-
-FENCES = [              # a text, and its code blocks (CommonMark, section 4.5)
-    ("no code", []), ("a ``` b ```\n", []), ("``\nno\n``", []), ("    ```\nno\n", []), ("\t```\nno\n", []),
-    ("``` a`b\nno\n", []), ("~~\n~ ~~~\n", []), ("```py\nprint(1)\n```\nafter", ["print(1)\n"]),
-    ("before\n```\nopen\n\nto the end", ["open\n\nto the end"]), ("~~~ a`b\n```\n~~~\n", ["```\n"]),
-    ("````\n```\n````` \n", ["```\n"]), ("```\na\n``` x\n~~~\n```", ["a\n``` x\n~~~\n"]),
-    ("   ```\n  a\n  ```\n```\n```", ["  a\n", ""]), ("```", [""]), ("\n\n```\n\n\n```\n\n", ["\n\n"]),
-    ("```\n    ```\n", ["    ```\n"]), ("```\nx\n```\n" * 2, ["x\n", "x\n"]), ("```\r\nx\r\n```\r\ny", ["x\r\n"]),
-]
-WIDTHS = """
-const range = document.createRange(), text = document.querySelector(args[0]).firstChild;
-return [0, 5].map(at => (range.setStart(text, at), range.setEnd(text, at + 4), range.getBoundingClientRect().width));
-"""
-LONG_TASKS = """
-window.tasks = [];
-new PerformanceObserver(list => tasks.push(...list.getEntries().map(task => task.duration)))
-  .observe({type: "longtask"});
-"""
-
-
-def played(*texts):
-    """The steps of a turn with these chunks, which come one by one."""
-    chunks = [[{"type": "chunk", "text": text, "chunk_number": number}] for number, text in enumerate(texts, 1)]
-    end = {"type": "complete", "finish_reason": "stop", "total_chunks": len(texts), "processing_time": 1,
-           "message_count": 0}      # as many as the server has, or the page reads the history
-    return [[{"type": "session_info"}], *chunks, [end]]
-
-
-def cut_by_chance(chance, text):
-    cuts = sorted(chance.choices(range(len(text) + 1), k=5))
-    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
-
-
-class TestThePageShowsText:
-    """README, "The page": fenced code is set apart, and each character of an answer is there."""
-
-    @waits
-    def test_fenced_code_is_set_apart_however_it_is_cut(self, serve, browser):
-        with visited(browser, serve("--log", "off")):
-            for cut in (lambda text: [text], list):
-                assert browser.run(PLAYED, [played(*cut(text)) for text, _ in FENCES]) == [[[], c] for _, c in FENCES]
-            browser.run(PLAYED, [played("```py\niiii\nMMMM\n```\n")])
-            assert browser.run(COPY, ANSWER + " .code .copy") == "iiii\nMMMM\n"
-            assert len(set(browser.run(WIDTHS, ANSWER + " .code pre"))) == 1, "an i is narrower than an M"
-
-    @waits
-    def test_each_character_of_any_answer_is_shown_as_it_comes(self, serve, browser):
-        chance = random.Random(1)
-        parts = ["```", "~~~", "`", "~", "\n", "\n", " ", "a", "\u2028", "\U0001f600"]
-        texts = ["".join(chance.choices(parts, k=20)) for _ in range(60)]
-        with visited(browser, serve("--log", "off")):
-            in_pieces = browser.run(PLAYED, [played(*cut_by_chance(chance, text)) for text in texts])
-            at_once = browser.run(PLAYED, [played(text) for text in texts])
-        assert not [wrong for wrong, _ in in_pieces if wrong] and in_pieces == at_once
-
-    @waits
-    def test_five_thousand_chunks_are_shown_and_the_page_stays_usable(self, serve, browser):
-        server = serve("--chunk-words", "1", *INSTANT)
-        with visited(browser, server) as session:
-            browser.run(LONG_TASKS)
-            text = say(browser, "word " * 4990)
-            browser.run('location.hash = "wire";')
-            browser.wait(WIRE_IS_WHOLE)
-            lines = [raw for kind, *_, raw in browser.run(WIRE) if kind in EVENTS]
-            tasks = browser.run("return tasks;")
-        assert text == server.history(session)[-1][1] and len(lines) > 5000
-        assert "".join(line + "\n" for line in lines).encode() == b"".join(server.follow(session).read().lines)
-        assert max(tasks, default=0) < 5000, "a person who types has to wait"
 
 
 CONTRASTS = """     // of the texts that are seen (WCAG 2.2, section 1.4.3); a button that can't be used needs none
@@ -8238,16 +8301,16 @@ CODE = f"Look:\n```py\n{'x' * 300} = 1\n```\n{'word ' * 60}\n"
 
 def views(browser):
     """Go to each view, which shows as much as it can."""
-    say(browser, CODE)
-    browser.wait(COUNTS + " === '2 messages'")      # so that the list is not drawn anew meanwhile
+    if not browser.run(f"return {ARTICLES};"):
+        say(browser, CODE)
     yield "chat"
     browser.run('location.hash = "wire";')
     browser.wait(WIRE_IS_WHOLE)
     yield "wire"
     browser.run('location.hash = "api";')
-    browser.wait('document.querySelector("#operations > .operation")')
+    browser.wait('document.querySelector("#api > .operation")')
     browser.run('for (const box of document.querySelectorAll(".operation")) box.open = true;')
-    browser.wait('document.querySelector("#operations > :last-child .docs")')
+    browser.wait('document.querySelector("#api > :last-child .docs")')
     browser.run('for (const box of document.querySelectorAll(".docs details")) box.open = true;')
     browser.run(TRY, "post-chat-stream", {"body": '{"message": "' + "x" * 500 + '"}'}, True)
     browser.run(TRY, "get-stats", {}, True)
@@ -8265,67 +8328,76 @@ def nameless(browser):
 def emulate(browser, feature, value):
     browser.cdp("Emulation.setEmulatedMedia", features=[{"name": feature, "value": value}])
 
+PRINTED = """       // what a printer would not get: a box that cuts off a part of its content, or is not shown
+const all = document.querySelectorAll("#log, #log *, main, body, section:not([hidden]), .scroll");
+return Array.from(all).filter(element => {
+  const {overflowX, overflowY} = getComputedStyle(element), {scrollHeight, clientHeight} = element;
+  return !element.closest("button, section[hidden]") && (!element.checkVisibility()
+         || [overflowX, overflowY].some(each => each !== "visible") && scrollHeight > clientHeight + 1);
+}).map(({localName, id, className}) => [localName, id, className]);
+"""
+
 
 class TestThePageIsForEveryone:
-    """README, "The page": any width, light and dark, with or without a mouse, eyes and patience."""
+    """README, "The page": any width, light and dark, on paper, with or without a mouse, eyes and patience."""
 
     @waits
-    def test_it_fits_each_width_and_its_texts_stand_out_in_light_and_dark(self, serve, browser):
+    def test_it_fits_each_width_and_its_colours_follow_the_scheme(self, serve, browser):
         background = "return getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number);"
+        tick = "return getComputedStyle(document.querySelector('#picture [data-type=chunk]')).stroke;"
+        left = "return ['#message', args[0]].map(css => document.querySelector(css).getBoundingClientRect().x);"
+        edges = {"chat": ANSWER + " > .text", "wire": "#picture"}
         with visited(browser, serve(*INSTANT)):
             for view in views(browser):
                 for width in (320, 768, 1440):
                     resize(browser, width)
                     assert not browser.run(MISFITS), (view, width)
+                    if view in edges:
+                        assert len({*browser.run(left, edges[view])}) == 1, (view, width)
+                strokes = set()
                 for scheme in ("light", "dark"):
                     emulate(browser, "prefers-color-scheme", scheme)
                     ratios = browser.run(CONTRASTS)
                     assert len(ratios) > 10 and not [each for each in ratios if each[1] < 4.5], (view, scheme)
                     assert (max(browser.run(background)) < 100) is (scheme == "dark")
+                    strokes.add(browser.run(tick) if view == "wire" else scheme)
+                assert len(strokes) == 2
 
     @waits
     def test_each_control_has_a_name_and_is_reached_by_tab_and_then_seen(self, serve, browser):
         with visited(browser, serve(*INSTANT)):
             for view in views(browser):
+                browser.wait(f"{NAMES}.length === 1 && {NAMES}[0].includes('Look')")    # it is drawn no more
                 assert not nameless(browser), view
                 # A few more: a control may appear meanwhile, and the browser itself may be a stop on the way.
                 browser.keys(TAB * (browser.run(FOCUSES, CONTROLS) + 4))
                 assert not browser.run(UNREACHED, CONTROLS), view
-            browser.run('location.hash = "chat";')
-            browser.click("#delete")
-            assert not nameless(browser)
-            browser.keys(ESCAPE)
-            browser.wait('!document.querySelector("#ask").open')
 
     @waits
-    def test_the_log_is_busy_while_an_answer_comes_and_stays_where_the_reader_scrolls(self, serve, browser):
-        def wait_for_more():
-            chunks = 'parseInt(document.querySelector("#progress").textContent)'
-            browser.wait(chunks + " > args[0]", browser.run(f"return {chunks};") + 20)
-
-        def places():
-            return browser.run('const {scrollTop, scrollHeight, clientHeight} = document.querySelector("#log");'
-                               "return [scrollTop, scrollHeight - clientHeight - scrollTop];")
-
+    def test_the_log_is_busy_while_an_answer_comes(self, serve, browser):
         with visited(browser, serve(*CALM)):
             emulate(browser, "prefers-reduced-motion", "no-preference")
             send(browser, LONG)
             browser.wait('document.querySelector("[role=log]").ariaBusy === "true" && document.getAnimations().length')
             emulate(browser, "prefers-reduced-motion", "reduce")
             browser.wait("!document.getAnimations().length")
-            wait_for_more()
-            assert places()[1] < 40 and browser.run('return document.querySelector("#latest").hidden;')
-            browser.run('document.querySelector("#log").scrollTop = 100;')
-            browser.wait('document.querySelector("#latest").checkVisibility()')
-            wait_for_more()
-            assert places()[0] == 100
-            browser.click("#latest")
-            browser.wait('document.querySelector("#latest").hidden')
-            wait_for_more()
-            assert places()[1] < 40
             browser.click("#stop")
             browser.wait('document.querySelector("[role=log]").ariaBusy === "false"')
-            assert browser.run(TEXTS, "[role=status]") == ["Stopped"]
+            assert browser.run(TEXTS, "#state[role=status]") == ["Stopped"]
+
+    @waits
+    def test_the_whole_conversation_is_printed(self, serve, browser):
+        server = serve(*INSTANT)
+        with visited(browser, server) as session:
+            for _ in range(3):
+                server.turn("line\n" * 60, session_id=session)
+            browser.wait(f"({ARTICLES}).length === 6")
+            assert browser.run(PRINTED)
+            pages = base64.b64decode(browser.cdp("Page.printToPDF")["data"])
+            assert len(re.findall(rb"/Type\s*/Page\b", pages)) > 5
+            emulate(browser, "prefers-color-scheme", "dark")
+            browser.cdp("Emulation.setEmulatedMedia", media="print")
+            assert not browser.run(PRINTED)
 
 
 # ---- Chaos: STREAMCHAT_CHAOS=SECONDS or SECONDS:SEED. More than 4 s are a long run, with more clients and cases.

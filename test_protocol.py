@@ -1233,7 +1233,7 @@ def begun(request):
             browser.console(), browser.requests()       # of the tests before
             run(item, browser=browser)
     items = [item for item in request.session.items if item.function in WAITING]
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(6) as pool, ThreadPoolExecutor(2) as browsers:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(6) as pool, ThreadPoolExecutor(1) as browsers:
         runs = {}       # more at a time would wait for a core
         for item in items:
             in_browser = "browser" in inspect.signature(WAITING[item.function]).parameters
@@ -7933,7 +7933,7 @@ class TestThePageShowsTheWire:
             until_longer(browser)
             assert "Nothing is missing" in browser.run(f"return {NOTICE};")
             assert server.readers(session) == [1]
-            assert browser.run("return document.querySelectorAll('#picture .cut').length;") == 1
+            assert len(browser.run(TICKS, "cut")) == 1
             chunks = [raw for kind, *_, raw in browser.run(WIRE) if kind == "chunk"]
             assert len(set(chunks)) == len(chunks), "a chunk came twice"
             browser.click("#again")
@@ -7971,17 +7971,28 @@ class TestThePageShowsTheWire:
 
 
 TRY = """
-const [id, values, wait] = args, box = document.getElementById(id);
+const [id, change, wait] = args, box = document.getElementById(id);
 const soon = () => new Promise(then => setTimeout(then, 5));
 box.open = true;
 while (!box.querySelector("form")) await soon();
-const form = box.querySelector("form");
-for (const [name, value] of Object.entries(values)) if (form.elements[name]) form.elements[name].value = value;
+const form = box.querySelector("form"), {request} = form.elements;
+request.value = change(request.value);
 form.dispatchEvent(new Event("input", {bubbles: true}));
 form.querySelector(".try").click();
 while (wait && form.querySelector(".try").disabled) await soon();
 return ["status", "headers", "body"].map(name => form.querySelector(".answer > ." + name)?.innerText ?? "");
 """
+
+
+def try_out(browser, operation, session="", body=None, wait=True):
+    """Send the request as the page has it, with this session, and with this body where it has one."""
+    change = """text => {
+      const [head, old] = text.replace("{session_id}", SESSION).split("\\n\\n");
+      return old === undefined ? head : head + "\\n\\n" + (BODY ?? old);
+    }""".replace("SESSION", json.dumps(session)).replace("BODY", json.dumps(body))
+    return browser.run(TRY.replace("change(", f"({change})("), operation, None, wait)
+
+
 API_SHOWN = """
 return Array.from(document.querySelector("#api").children, box => box.matches("h2") ? box.textContent : [
   box.id, box.querySelector("summary").innerText,
@@ -8055,15 +8066,14 @@ class TestThePageShowsTheApi:
             browser.wait('document.querySelector("#api > .operation")')
             for _, name, _ in all_of_them:
                 body = turn if re.fullmatch("post-.*-stream", name) else "{\t}"
-                values = {"session_id": session, "after": "1", "body": body}
-                status, headers, body = browser.run(TRY, name, values, True)
+                status, headers, body = try_out(browser, name, session, body)
                 assert re.fullmatch(r"Head after \d+\.\d{3} s, all after \d+\.\d{3} s", status), name
                 assert re.search("(?si)^HTTP 200 OK\n.*content-type: .*(json|html)", headers), name
                 box = f"#{name}"
                 assert TOKEN not in browser.run(TEXTS, box)[0]
                 if name.startswith("delete"):
                     server.request("POST", "/sessions/new", {"session_id": session})
-                line = browser.run(COPY, box + " .row > .copy")
+                line = browser.run(COPY, box + " .copy")
                 printed = run(["sh", "-c", line], None, CURL_TOKEN)
                 assert TOKEN not in line
                 if lines := browser.run(RAW, box + " .answer .line"):
@@ -8080,11 +8090,11 @@ class TestThePageShowsTheApi:
         with opened(browser, url_of(server), "/docs", ["network"]):
             browser.wait('document.querySelector("#post-chat-stream")')
             for body, code in [('{"message": "Hi",}', "invalid_json"), ("", "invalid_json"), ("{}", "invalid_field")]:
-                status, headers, shown = browser.run(TRY, "post-chat-stream", {"body": body}, True)
+                status, headers, shown = try_out(browser, "post-chat-stream", body=body)
                 assert headers.startswith("HTTP 400 Bad Request\n") and "application/problem+json" in headers
                 assert status and json.loads(shown)["code"] == code
             body = json.dumps({"message": LONG, "session_id": session})
-            browser.run(TRY, "post-chat-stream", {"body": body}, False)
+            try_out(browser, "post-chat-stream", body=body, wait=False)
             browser.wait('document.querySelectorAll("#post-chat-stream [data-type=chunk]").length > 2')
             assert server.readers(session) == [1]
             browser.click("#post-chat-stream .abort")
@@ -8100,7 +8110,7 @@ class TestThePageShowsTheApi:
             url = "http://{}:{}/ai".format(*address)
             with opened(browser, url, "/docs"):
                 browser.wait('document.querySelector("#api .operation")?.checkVisibility()')
-                _, head, _ = browser.run(TRY, "get-health", {}, True)
+                _, head, _ = try_out(browser, "get-health")
                 assert head.startswith("HTTP 200 OK")
                 assert "/ai/health'" in browser.run(TEXTS, "#get-health .curl")[0]
             with opened(browser, url, "/demo?session=one"):
@@ -8315,8 +8325,8 @@ def views(browser):
     browser.wait('document.querySelector("#api > .operation")')
     browser.run('for (const box of document.querySelectorAll(".operation")) box.open = true;')
     browser.wait('document.querySelector("#api > :last-child .docs")')
-    browser.run(TRY, "post-chat-stream", {"body": '{"message": "' + "x" * 500 + '"}'}, True)
-    browser.run(TRY, "get-stats", {}, True)
+    try_out(browser, "post-chat-stream", body='{"message": "' + "x" * 500 + '"}')
+    try_out(browser, "get-stats")
     yield "api"
 
 

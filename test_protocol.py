@@ -7193,6 +7193,7 @@ STATE = 'document.querySelector("#state").dataset.state'
 NOTICE = 'document.querySelector("#told").textContent'
 TEXTS = "return Array.from(document.querySelectorAll(args[0]), element => element.textContent);"
 NAMES = '[...document.querySelectorAll("#sessions .name")].map(each => each.textContent.trim())'
+HURRY = "document.dispatchEvent(new Event('visibilitychange'))"      # then the page looks at the list
 PLACES = """
 const {scrollTop, scrollHeight, clientHeight} = document.querySelector(args[0]);
 return [Math.round(scrollTop), Math.round(scrollHeight - clientHeight - scrollTop)];
@@ -7377,7 +7378,7 @@ class TestThePageShowsText:
     """An answer is appended as it comes, and is whole or says that it is not. What the reader does stays."""
 
     @waits
-    def test_other_software_may_change_the_text_at_any_moment(self, serve, browser):
+    def test_text_comes_whatever_other_software_does_and_a_failure_to_draw_is_told(self, serve, browser):
         server = serve("--chunk-delay", "0.01", "--chunk-words", "1", "--log", "off")
         message = "one two\nthree four\n```py\nfive six\nseven\n```\neight\n" * 3
         for name, deed in OTHER_SOFTWARE.items():
@@ -7388,8 +7389,6 @@ class TestThePageShowsText:
                 [answer] = [text for role, text in server.history(session) if role == "model"]
                 assert "".join(browser.run(TEXTS, "article.model > .text")) == answer, name
 
-    @waits
-    def test_text_comes_after_any_node_was_removed(self, serve, browser):
         with visited(browser, serve(*CALM)):
             send(browser, LONG)
             for removed in ("span", "div", ".text", "article.model", "#log > *"):
@@ -7402,8 +7401,6 @@ class TestThePageShowsText:
             until(browser, "stopped")
             assert "stopped" in seen(browser, ".end")[-1]
 
-    @waits
-    def test_an_exception_while_drawing_is_a_failure(self, serve, browser):
         server = serve(*INSTANT)
         with visited(browser, server, excused=["console-api"]) as session:
             browser.run(FAILS_TO_DRAW, "offline")
@@ -7417,7 +7414,7 @@ class TestThePageShowsText:
             assert not browser.run(f"return {NOTICE};") and len(server.history(session)) == 2
 
     @waits
-    def test_each_character_is_shown_as_it_comes_and_fenced_code_is_set_apart(self, serve, browser):
+    def test_each_character_is_shown_as_it_comes_however_many_there_are(self, serve, browser):
         chance = random.Random(1)
         parts = ["```", "~~~", "`", "~", "\n", "\n", " ", "a", "\u2028", "\U0001f600"]
         texts = ["".join(chance.choices(parts, k=20)) for _ in range(60)]
@@ -7430,8 +7427,6 @@ class TestThePageShowsText:
             browser.run(PLAYED, [played("```py\niiii\nMMMM\n```\n")])
             assert browser.run(COPY, ANSWER + " .code .copy") == "iiii\nMMMM\n"
 
-    @waits
-    def test_five_thousand_chunks_are_shown_and_the_page_stays_usable(self, serve, browser):
         server = serve("--chunk-words", "1", *INSTANT)
         with visited(browser, server) as session:
             browser.run(LONG_TASKS)
@@ -7496,7 +7491,7 @@ class TestThePageLeavesTheReaderAlone:
         select = "getSelection().selectAllChildren(document.querySelector(args[0]));"
         with visited(browser, server) as session:
             server.turn("line\n" * 60, session_id=session)
-            browser.wait(f"({ARTICLES}).length === 2")
+            browser.wait(f"{HURRY} && ({ARTICLES}).length === 2")
             send(browser, LONG)
             until_longer(browser, 50)
             browser.run(select, f"{ANSWER} > .text")
@@ -7516,7 +7511,7 @@ class TestThePageLeavesTheReaderAlone:
             text = browser.run(selected)
             focus = browser.run("return document.activeElement.id;")
             server.turn("From another client", session_id=session)
-            browser.wait(f"({ARTICLES}).length === 6")
+            browser.wait(f"{HURRY} && ({ARTICLES}).length === 6")
             until(browser, "complete")
             assert browser.run(PLACES, "#log")[0] == 30 and browser.run(selected) == text
             assert browser.run("return document.activeElement.id;") == focus
@@ -7565,7 +7560,7 @@ class TestThePageChats:
             assert server.session_ids() == {first, session} and browser.run(f"return {ARTICLES};") == []
 
     @waits
-    def test_keys_send_stop_and_belong_to_an_input_method(self, serve, browser):
+    def test_keys_send_and_stop_with_an_input_method_and_on_a_phone_too(self, serve, browser):
         """UI Events, section 5.7: the keys of an input method have the code 229, in Safari also its last one."""
         def press(key, code):
             browser.cdp("Input.dispatchKeyEvent", type="rawKeyDown", key=key, code=key, windowsVirtualKeyCode=code)
@@ -7590,8 +7585,6 @@ class TestThePageChats:
             until(browser, "stopped")
             assert browser.run(f"return {ARTICLES};")[0] == ["user", " One\n\u65e5\n" + LONG]
 
-    @waits
-    def test_a_phone_has_room_and_its_return_key_makes_a_new_line(self, serve, browser):
         toggle = "return document.querySelector('#sessions-toggle').getBoundingClientRect().y;"
         small = """
 return Array.from(document.querySelectorAll("button, a, summary, input"))
@@ -7617,7 +7610,7 @@ return Array.from(document.querySelectorAll("button, a, summary, input"))
                 assert not browser.run(small), view
 
     @waits
-    def test_a_stop_works_though_nothing_more_comes(self, serve, browser):
+    def test_a_stop_a_failure_and_a_refusal_are_told_until_the_next_answer(self, serve, browser):
         server, session = serve(*CALM), new_id()
         stalls = {"sending": 0, "waiting": b'{"type":"chunk"', "streaming": b'"chunk_number":3'}
         with Proxy(server.address, [fault for stall in stalls.values() for fault in (Fault(stall=stall), Fault())]) \
@@ -7630,8 +7623,6 @@ return Array.from(document.querySelectorAll("button, a, summary, input"))
                 check_stop(browser, server, session)
         assert streams(proxy) == [f"POST /sessions/{session}/stream"] * 6
 
-    @waits
-    def test_what_failed_or_was_refused_is_told_in_words_until_the_next_answer(self, serve, browser):
         server, session = serve(*CALM), new_id()
         with Proxy(server.address, [Fault(instead=refusal(409))]) as proxy, \
                 opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
@@ -7647,7 +7638,7 @@ return Array.from(document.querySelectorAll("button, a, summary, input"))
             server.request("POST", f"/sessions/{session}/clear")
             until(browser, "failed")
             assert "session_cleared" in seen(browser, ".end.failed")[0]
-            browser.wait("document.querySelector('#log').textContent.includes('no longer has the messages above')")
+            browser.wait(f"{HURRY} && document.querySelector('#log').textContent.includes('no longer has')")
             browser.click(".retry")
             until(browser, "streaming")
             seconds = browser.run("return parseFloat(document.querySelector('#progress').textContent.split('·')[1]);")
@@ -7749,11 +7740,11 @@ class TestThePageRecovers:
                 browser.open(f"{proxy.url}/demo?session={session}")
                 until(browser, "idle")
                 server.turn(SPACED, session_id=session)
-                browser.wait(f"({ARTICLES}).length === 2")
+                browser.wait(f"{HURRY} && ({ARTICLES}).length === 2")
                 browser.show(first)
                 send(browser, LONG)
                 browser.show(second)
-                browser.wait(f"{STATE} === 'streaming' && ({ARTICLES})[2]?.[1] === args[0]", LONG)
+                browser.wait(f"{HURRY} && {STATE} === 'streaming' && ({ARTICLES})[2]?.[1] === args[0]", LONG)
                 until_longer(browser)
                 proxy.down()
                 proxy.up()
@@ -7763,9 +7754,36 @@ class TestThePageRecovers:
                 check_stop(browser, server, session)
                 browser.show(first)
                 until(browser, "stopped")
-                browser.wait(f"({ARTICLES}).length === 4")     # with what was said while it was hidden
+                browser.wait(f"{HURRY} && ({ARTICLES}).length === 4")     # with what was said while it was hidden
                 check_articles(browser, server, session)
         assert [line.split()[0] for line in streams(proxy)].count("POST") == 2, "the second window only follows"
+
+    @waits
+    def test_other_clients_and_other_sessions_go_on(self, serve, browser):
+        server, session = serve(*INSTANT), new_id()
+        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
+            until(browser, "idle")
+            say(browser, "One")
+            away = Fault(instead=refusal(503))
+            proxy.fault_of = lambda line: away if line.startswith("GET /sessions ") else Fault()
+            server.turn("Two", session_id=session)
+            say(browser, "Three")
+            proxy.fault_of = lambda line: Fault()
+            browser.wait(f"{HURRY} && ({ARTICLES}).length === 6")
+            check_articles(browser, server, session)
+
+        server = serve(*CALM)
+        server.turn(SPACED, session_id="two")
+        with opened(browser, url_of(server), "/demo?session=one"):
+            send(browser, LONG)
+            until(browser, "streaming")
+            browser.click("[data-id=two]")
+            until(browser, "complete")
+            check_articles(browser, server, "two")
+            browser.click("[data-id=one]")
+            browser.wait(f"({ARTICLES})[1]?.[1].length > 100 && {STATE} === 'streaming'")
+            assert server.readers("one") == [1]
+            check_stop(browser, server, "one")
 
     @waits
     def test_a_server_that_was_away_is_found_again(self, serve, browser):
@@ -7773,7 +7791,7 @@ class TestThePageRecovers:
         with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
             until(browser, "idle")
             proxy.down()
-            until(browser, "away")
+            browser.wait(f"{HURRY} && {STATE} === 'away'")
             send(browser, TEXT)
             browser.wait(f"({ARTICLES}).length === 2")
             until(browser, "away")
@@ -7829,37 +7847,9 @@ class TestThePageRecovers:
             assert browser.run(f"return {ARTICLES};")[2:] == told
             assert "no longer has the messages above" in seen(browser, "#log > .end")[0]
             after.request("DELETE", "/sessions/one")
-            browser.wait('document.querySelectorAll("#log > .end").length === 2')
+            browser.wait(f"{HURRY} && document.querySelectorAll('#log > .end').length === 2")
             say(browser, "Again")
             assert browser.run(f"return {ARTICLES};")[4:] == [list(message) for message in after.history("one")]
-
-    @waits
-    def test_what_others_said_unseen_is_shown_in_its_place(self, serve, browser):
-        server, session = serve(*INSTANT), new_id()
-        with Proxy(server.address) as proxy, opened(browser, proxy.url, f"/demo?session={session}", ["network"]):
-            until(browser, "idle")
-            say(browser, "One")
-            proxy.fault_of = lambda line: Fault(stall=0) if line.startswith("GET /sessions ") else Fault()
-            server.turn("Two", session_id=session)
-            say(browser, "Three")
-            proxy.fault_of = lambda line: Fault()
-            browser.wait(f"({ARTICLES}).length === 6")
-            check_articles(browser, server, session)
-
-    @waits
-    def test_a_turn_goes_on_while_another_session_is_shown(self, serve, browser):
-        server = serve(*CALM)
-        server.turn(SPACED, session_id="two")
-        with opened(browser, url_of(server), "/demo?session=one"):
-            send(browser, LONG)
-            until(browser, "streaming")
-            browser.click("[data-id=two]")
-            until(browser, "complete")
-            check_articles(browser, server, "two")
-            browser.click("[data-id=one]")
-            browser.wait(f"({ARTICLES})[1]?.[1].length > 100 && {STATE} === 'streaming'")
-            assert server.readers("one") == [1]
-            check_stop(browser, server, "one")
 
 
 # ---- The page's other views, its safety, and what it does for everyone
@@ -7913,7 +7903,7 @@ class TestThePageShowsTheWire:
         chunks = [time for kind, time in zip(kinds, since, strict=True) if kind == "chunk"]
         assert all(time >= 0.1 * number for number, time in enumerate(chunks)), "earlier than the pace allows"
         gaps = [later - earlier for earlier, later in itertools.pairwise(chunks)]
-        first, longest = re.search(r"First chunk\s(\S+) s[^,]*, (\S+) s longest", facts.replace(" –", " 0")).groups()
+        first, longest = re.search(r"First chunk\s(\S+) s[^,]*, (\S+) s longest", facts.replace("–", "0 s")).groups()
         assert float(first) == chunks[0] and abs(float(longest) - max(gaps)) < 0.002
         assert all(abs(tick / 1000 - time) < 0.002 for tick, time in zip(ticks, chunks, strict=True))
 
@@ -7950,24 +7940,6 @@ class TestThePageShowsTheWire:
         assert asked[:1] + asked[2:] == [f"POST /sessions/{session}/stream"] * 3
         assert int(asked[1].removeprefix(f"GET /sessions/{session}/stream?after=")) > 5
         assert server.stats()["total_requests"] == 1
-
-    @waits
-    def test_the_curl_line_works_as_it_stands_and_never_has_the_token(self, serve, browser):
-        needs("curl")
-        for flags in ((), ("--token", TOKEN)):
-            server, session = serve(*INSTANT, *flags), new_id()
-            with opened(browser, url_of(server), excused=["network"]):      # it asks for the token
-                browser.run('sessionStorage.setItem("token", args[0]);', TOKEN if flags else "")
-                browser.open(f"{url_of(server)}/demo?session={session}#wire")
-                until(browser, "idle")
-                say(browser, QUOTES)
-                line = browser.run(COPY, "#curl")
-            history = server.history(session)
-            assert history[0] == ("user", QUOTES) and line.isascii() and TOKEN not in line
-            assert ("$STREAMCHAT_TOKEN" in line) is bool(flags)
-            printed = run(["sh", "-c", line], None, CURL_TOKEN)
-            assert printed.encode() == b"".join(server.follow(session).read().lines)
-            assert server.history(session) == history, "the line is a retry of the turn"
 
 
 TRY = """
@@ -8030,7 +8002,7 @@ class TestThePageShowsTheApi:
     """README, "The page": the operations of /openapi.json, each to be tried."""
 
     @waits
-    def test_every_operation_stands_in_its_group_with_its_fields_and_has_an_address(self, serve, browser):
+    def test_every_operation_has_its_fields_an_address_and_a_request_to_edit(self, serve, browser):
         server = serve("--log", "off")
         api = server.get("/openapi.json")
         opened_at = 'document.activeElement.closest(".operation[open]").id === location.hash.slice(1)' \
@@ -8053,6 +8025,21 @@ class TestThePageShowsTheApi:
                 assert shown_name == name and operation["summary"] in summary
                 assert cells == names_to_show(api, operation)
         assert not list(shown)
+        server, session = serve("--log", "off"), new_id()
+        with opened(browser, url_of(server), "/docs", ["network"]):
+            browser.wait('document.querySelector("#post-chat-stream")')
+            for body, code in [('{"message": "Hi",}', "invalid_json"), ("", "invalid_json"), ("{}", "invalid_field")]:
+                status, headers, shown = try_out(browser, "post-chat-stream", body=body)
+                assert headers.startswith("HTTP 400 Bad Request\n") and "application/problem+json" in headers
+                assert status and json.loads(shown)["code"] == code
+            body = json.dumps({"message": LONG, "session_id": session})
+            try_out(browser, "post-chat-stream", body=body, wait=False)
+            browser.wait('document.querySelectorAll("#post-chat-stream [data-type=chunk]").length > 2')
+            assert server.readers(session) == [1]
+            browser.click("#post-chat-stream .abort")
+            browser.wait('!document.querySelector("#post-chat-stream .try").disabled')
+            assert browser.run(TEXTS, "#post-chat-stream .status")[0].startswith("Aborted after")
+            assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
 
     @waits
     def test_every_operation_can_be_tried_and_its_curl_line_does_the_same(self, serve, browser):
@@ -8083,24 +8070,20 @@ class TestThePageShowsTheApi:
                 else:
                     assert json.loads(printed).keys() == json.loads(body).keys()
         assert server.stats()["total_requests"] == 1, "the curl line is a retry"
-
-    @waits
-    def test_a_wrong_body_is_sent_as_it_stands_and_a_stream_can_be_left(self, serve, browser):
-        server, session = serve("--log", "off"), new_id()
-        with opened(browser, url_of(server), "/docs", ["network"]):
-            browser.wait('document.querySelector("#post-chat-stream")')
-            for body, code in [('{"message": "Hi",}', "invalid_json"), ("", "invalid_json"), ("{}", "invalid_field")]:
-                status, headers, shown = try_out(browser, "post-chat-stream", body=body)
-                assert headers.startswith("HTTP 400 Bad Request\n") and "application/problem+json" in headers
-                assert status and json.loads(shown)["code"] == code
-            body = json.dumps({"message": LONG, "session_id": session})
-            try_out(browser, "post-chat-stream", body=body, wait=False)
-            browser.wait('document.querySelectorAll("#post-chat-stream [data-type=chunk]").length > 2')
-            assert server.readers(session) == [1]
-            browser.click("#post-chat-stream .abort")
-            browser.wait('!document.querySelector("#post-chat-stream .try").disabled')
-            assert browser.run(TEXTS, "#post-chat-stream .status")[0].startswith("Aborted after")
-            assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
+        for flags in ((), ("--token", TOKEN)):
+            server, session = serve(*INSTANT, *flags), new_id()
+            with opened(browser, url_of(server), excused=["network"]):      # it asks for the token
+                browser.run('sessionStorage.setItem("token", args[0]);', TOKEN if flags else "")
+                browser.open(f"{url_of(server)}/demo?session={session}#wire")
+                until(browser, "idle")
+                say(browser, QUOTES)
+                line = browser.run(COPY, "#curl")
+            history = server.history(session)
+            assert history[0] == ("user", QUOTES) and line.isascii() and TOKEN not in line
+            assert ("$STREAMCHAT_TOKEN" in line) is bool(flags)
+            printed = run(["sh", "-c", line], None, CURL_TOKEN)
+            assert printed.encode() == b"".join(server.follow(session).read().lines)
+            assert server.history(session) == history, "the line is a retry of the turn"
 
     @waits
     def test_the_page_works_below_a_path_of_a_proxy(self, serve, browser):
@@ -8197,7 +8180,7 @@ class TestThePageIsSafe:
     """README, "The page": what comes from outside is text. It never runs, and is never HTML."""
 
     @waits
-    def test_a_hostile_text_is_shown_as_it_is_in_message_answer_and_history(self, serve, browser):
+    def test_hostile_texts_streams_and_sessions_are_shown_as_they_are(self, serve, browser):
         server = serve(*INSTANT)
         with visited(browser, server) as session:
             for _ in range(2):      # one of them is in the history alone
@@ -8209,8 +8192,6 @@ class TestThePageIsSafe:
             assert len(texts) == 6 and browser.run(TEXTS, "#log > article > .text") == texts
             check_harmless(browser)
 
-    @waits
-    def test_a_hostile_stream_is_shown_as_it_is(self, serve, browser):
         lines = [{"type": "session_info", "model": HOSTILE_TEXT}, {"type": "status", "message": HOSTILE_TEXT},
                  {"type": HOSTILE_TEXT}, {"type": "constructor", HOSTILE_TEXT: 1}, {"type": "__proto__"},
                  {"type": "chunk", "text": HOSTILE_TEXT, "chunk_number": 1}]
@@ -8226,8 +8207,6 @@ class TestThePageIsSafe:
             check_harmless(browser)
             assert error in map(json.loads, browser.run(RAW, "#lines [data-type=error]"))
 
-    @waits
-    def test_hostile_sessions_and_refusals_are_shown_as_they_are(self, serve, browser):
         forged = HOSTILE_TEXT.replace("\n", " ")
         fields = ("session_id", "model", "created_at", "last_activity")
         session = {**dict.fromkeys(fields, forged), "message_count": 2}
@@ -8392,7 +8371,7 @@ class TestThePageIsForEveryone:
         with visited(browser, server) as session:
             for _ in range(3):
                 server.turn("line\n" * 60, session_id=session)
-            browser.wait(f"({ARTICLES}).length === 6")
+            browser.wait(f"{HURRY} && ({ARTICLES}).length === 6")
             assert browser.run(PRINTED)
             pages = base64.b64decode(browser.cdp("Page.printToPDF")["data"])
             assert len(re.findall(rb"/Type\s*/Page\b", pages)) > 5

@@ -7504,14 +7504,19 @@ class TestThePageLeavesTheReaderAlone:
             browser.run("window.count = document.querySelectorAll('#lines > .line').length;")
             browser.wait("document.querySelectorAll('#lines > .line').length > count + 5")
             assert '"type":"chunk"' in line and browser.run(selected) == line
+            assert server.stop(session)
+            until(browser, "stopped")
+            server.turn("From another client", session_id=session)
+            browser.wait(f"{HURRY} && document.querySelector('#lines').textContent.includes('From another')")
+            assert browser.run(selected) == line, "the rows of the turn before stay"
             browser.run('location.hash = "chat";')
-            check_stop(browser, server, session)
+            check_articles(browser, server, session)
             browser.run(select, "article.user:first-of-type > .text")
             browser.run('document.querySelector("#log").scrollTop = 30;')
             text = browser.run(selected)
             focus = browser.run("return document.activeElement.id;")
             server.turn("From another client", session_id=session)
-            browser.wait(f"{HURRY} && ({ARTICLES}).length === 6")
+            browser.wait(f"{HURRY} && ({ARTICLES}).length === 8")
             until(browser, "complete")
             assert browser.run(PLACES, "#log")[0] == 30 and browser.run(selected) == text
             assert browser.run("return document.activeElement.id;") == focus

@@ -7464,7 +7464,7 @@ class TestThePageLeavesTheReaderAlone:
     @waits
     def test_any_scroll_upwards_lets_go_and_only_the_very_end_follows_again(self, serve, browser):
         with visited(browser, serve(*CALM)):
-            send(browser, "line\n" * 50 + LONG)
+            send(browser, "line\n" * 50 + LONG * 3)
             for view, box, button in (("chat", "#log", "#latest"), ("wire", "#lines", "#lines-latest")):
                 browser.run("location.hash = args[0];", view)
                 for scroll in (scroll_by_wheel, scroll_by_finger, scroll_by_key, scroll_by_other_software):

@@ -7725,7 +7725,7 @@ class TestThePageRecovers:
             assert browser.run(f"return {ARTICLES};")[0] == ["user", SPACED + LONG]
             browser.run('location.hash = "wire";')
             browser.wait("document.querySelector('#wire-facts').textContent.includes('not measured')")
-            assert "First chunk–" in browser.run("return document.querySelector('#wire-facts').textContent;")
+            assert "first chunk" not in browser.run("return document.querySelector('#wire-facts').textContent;")
             assert "repeated" in browser.run("return document.querySelector('#lines > [data-type=chunk]').className;")
             browser.run('location.hash = "chat";')
             check_stop(browser, server, "one")
@@ -7898,7 +7898,7 @@ class TestThePageShowsTheWire:
         assert raws[1].startswith("HTTP 200 OK\n") and "\ncontent-type: application/x-ndjson" in raws[1]
         lengths = [len(raw) + 1 if kind in EVENTS else 0 for kind, raw in zip(kinds, raws, strict=True)]
         assert list(sizes) == [f"{length} ({length:x})" if length else "" for length in lengths]
-        assert f"\n{sum(lengths):,}" in facts
+        assert f" {sum(lengths):,} bytes" in facts
         self.check_times(kinds, [float(time) for time in since], gaps, facts, ticks)
 
     def check_times(self, kinds, since, gaps, facts, ticks):
@@ -7907,7 +7907,8 @@ class TestThePageShowsTheWire:
         chunks = [time for kind, time in zip(kinds, since, strict=True) if kind == "chunk"]
         assert all(time >= 0.1 * number for number, time in enumerate(chunks)), "earlier than the pace allows"
         gaps = [later - earlier for earlier, later in itertools.pairwise(chunks)]
-        first, longest = re.search(r"First chunk\s(\S+) s[^,]*, (\S+) s longest", facts.replace("–", "0 s")).groups()
+        first, longest = re.search(     # a busy browser reads all chunks at once: no gap
+            r"first chunk after (\S+) s .*?(?:, (\S+) s \(longest\)|$)", facts).groups("0")
         assert float(first) == chunks[0] and abs(float(longest) - max(gaps)) < 0.002
         assert all(abs(tick / 1000 - time) < 0.002 for tick, time in zip(ticks, chunks, strict=True))
 
@@ -8118,11 +8119,11 @@ HOSTILE_TEXT = "\n".join([
 MADE_OF = {             # a place in the page, and the elements in it
     "#log": "article h3 div p span pre button", "#lines": "div span", "#sessions": "li button span small",
     "#title": "span",
-    "#server": "", "#wire-facts": "div dt dd", "#state": "", "#progress": "", "#told": "",
+    "#server": "", "#wire-facts": "", "#state": "", "#progress": "", "#told": "",
 }
 ELEMENTS = 'return Array.from(document.querySelectorAll(args[0] + " *"), element => element.localName);'
 MISFITS = """       // what is wider than its box, or not wholly in the window
-const short = ".cut-short, textarea, input", scrolling = ".code pre";
+const short = ".one-line, textarea, input", scrolling = ".code pre";
 return Array.from(document.querySelectorAll("html, body, body *")).filter(element => {
   if (!element.checkVisibility() || element.matches(short) || element.closest("svg")) return false;
   const {clientWidth, scrollWidth} = element, {left, right} = element.getBoundingClientRect();
@@ -8246,7 +8247,7 @@ class TestThePageIsSafe:
             "form-action": "'none'", "frame-ancestors": "'none'", "require-trusted-types-for": "'script'",
             "trusted-types": "'none'"}
         assert fast.request("GET", "/docs").body == page.body
-        assert len(page.body) < 48 << 10
+        assert len(page.body) < 55 << 10
 
     @waits
     def test_the_browser_refuses_what_the_policy_forbids(self, serve, browser):
@@ -8325,7 +8326,7 @@ def emulate(browser, feature, value):
     browser.cdp("Emulation.setEmulatedMedia", features=[{"name": feature, "value": value}])
 
 PRINTED = """       // what a printer would not get: a box that cuts off a part of its content, or is not shown
-const all = document.querySelectorAll("#log, #log *, main, body, section:not([hidden]), .scroll");
+const all = document.querySelectorAll("#log, #log *, main, body, section:not([hidden])");
 return Array.from(all).filter(element => {
   const {overflowX, overflowY} = getComputedStyle(element), {scrollHeight, clientHeight} = element;
   return !element.closest("button, section[hidden]") && (!element.checkVisibility()

@@ -7391,11 +7391,10 @@ class TestThePageShowsText:
 
         with visited(browser, serve(*CALM)):
             send(browser, LONG)
-            for removed in ("span", "div", ".text", "article.model", "#log > *"):
+            for removed in ("#log span", "#log div", "#log .text", "#log article.model", "#log > *"):
                 until_longer(browser)
-                browser.run(f"for (const each of document.querySelectorAll('#log {removed}')) each.remove();"
-                            .replace("#log #log", "#log"))
-                assert len(browser.run(f"return {ANSWERED} ?? '';")) < 50, "removed"
+                browser.run("for (const each of document.querySelectorAll(args[0])) each.remove();", removed)
+                browser.wait(f"{ANSWERED}?.startsWith('word')")     # without the "You said" of its beginning
             until_longer(browser)
             browser.click("#stop")
             until(browser, "stopped")
@@ -7417,13 +7416,12 @@ class TestThePageShowsText:
     def test_each_character_is_shown_as_it_comes_however_many_there_are(self, serve, browser):
         chance = random.Random(1)
         parts = ["```", "~~~", "`", "~", "\n", "\n", " ", "a", "\u2028", "\U0001f600"]
-        texts = ["".join(chance.choices(parts, k=20)) for _ in range(60)]
+        texts = ["".join(chance.choices(parts, k=20)) for _ in range(20)]
         with visited(browser, serve("--log", "off")):
             in_pieces = browser.run(PLAYED, [played(*cut_by_chance(chance, text)) for text in texts])
             assert in_pieces == browser.run(PLAYED, [played(text) for text in texts])
             assert not [wrong for wrong, _ in in_pieces if wrong]
-            for cut in (lambda text: [text], list):
-                assert browser.run(PLAYED, [played(*cut(text)) for text, _ in FENCES]) == [[[], c] for _, c in FENCES]
+            assert browser.run(PLAYED, [played(*text) for text, _ in FENCES]) == [[[], code] for _, code in FENCES]
             browser.run(PLAYED, [played("```py\niiii\nMMMM\n```\n")])
             assert browser.run(COPY, ANSWER + " .code .copy") == "iiii\nMMMM\n"
 
@@ -7465,9 +7463,11 @@ class TestThePageLeavesTheReaderAlone:
     def test_any_scroll_upwards_lets_go_and_only_the_very_end_follows_again(self, serve, browser):
         with visited(browser, serve(*CALM)):
             send(browser, "line\n" * 50 + LONG * 3)
-            for view, box, button in (("chat", "#log", "#latest"), ("wire", "#lines", "#lines-latest")):
+            ways = [scroll_by_wheel, scroll_by_key, scroll_by_finger, scroll_by_other_software]
+            for view, box, button, tried in (("chat", "#log", "#latest", ways),
+                                             ("wire", "#lines", "#lines-latest", ways[:2])):
                 browser.run("location.hash = args[0];", view)
-                for scroll in (scroll_by_wheel, scroll_by_finger, scroll_by_key, scroll_by_other_software):
+                for scroll in tried:
                     browser.wait(f"(() => {{ {PLACES} }})()[0] > 100", box)
                     browser.click(box)
                     browser.wait("document.activeElement.matches(args[0])", box)
@@ -7477,7 +7477,7 @@ class TestThePageLeavesTheReaderAlone:
                     browser.wait("document.querySelector(args[0]).checkVisibility()", button)
                     until_longer(browser)       # a scroll is smooth
                     place = browser.run(PLACES, box)[0]
-                    until_longer(browser, 200)
+                    until_longer(browser)
                     assert browser.run(PLACES, box)[0] == place, (view, scroll)
                     browser.click(button)
                     browser.wait("document.querySelector(args[0]).hidden", button)
@@ -7681,14 +7681,14 @@ return Array.from(document.querySelectorAll("button, a, summary, input"))
                 until(browser, "complete")
                 browser.wait(f"{NAMES}.join() === 'one Hi'")
                 before = len(proxy.requests)
-                time.sleep(9)
-                assert {*proxy.requests[before:]} == {"GET /sessions HTTP/1.1"} and len(proxy.requests) - before <= 3
+                time.sleep(6)
+                assert {*proxy.requests[before:]} == {"GET /sessions HTTP/1.1"} and len(proxy.requests) - before <= 2
                 send(browser, LONG)
                 until(browser, "streaming")
                 with browser.tab():
                     time.sleep(0.5)     # what was asked before is over
                     before = len(proxy.requests)
-                    time.sleep(5)
+                    time.sleep(4.5)
                     assert len(proxy.requests) == before and server.readers("one") == [1]
                 check_stop(browser, server, "one")
 

@@ -8685,7 +8685,8 @@ class TestChaos:
     def test_with_a_model_that_fails(self, serve):
         with gemini_stand_in() as stand_in:
             server = gemini_server(stand_in, "--model", "gemini-test", *SOON_OVER, serve=serve, GEMINI_API_KEY=KEY)
-            Chaos(server, text_or_case, gemini_answer, spare=20).run()     # google-genai keeps 20 connections
+            # google-genai keeps 20 connections; on a slow machine its event loop begins after the first count.
+            Chaos(server, text_or_case, gemini_answer, spare=24).run()
 
 
 # ---- Measure a server

@@ -7779,6 +7779,12 @@ class TestThePageRecovers:
             proxy.fault_of = lambda line: Fault()
             browser.wait(f"{HURRY} && ({ARTICLES}).length === 6")
             check_articles(browser, server, session)
+            browser.run("window.requestAnimationFrame = () => 1;")      # the page misses the frames of its answer
+            send(browser, "Four")
+            assert wait_until(lambda: len(server.history(session)) == 8)
+            server.turn("Five", session_id=session)
+            browser.wait(f"{HURRY} && ({ARTICLES}).length === 10")
+            assert browser.run(f"return {ARTICLES};")[7][1] == server.history(session)[7][1]
 
         server = serve(*CALM)
         server.turn(SPACED, session_id="two")

@@ -7758,7 +7758,7 @@ class TestThePageRecovers:
                 proxy.up()
                 until_longer(browser)
                 browser.wait(f"{NOTICE}.includes('Nothing is missing')")
-                assert server.readers(session) == [2]
+                assert wait_until(lambda: server.readers(session) == [2])   # the first one may pause before a try
                 check_stop(browser, server, session)
                 browser.show(first)
                 until(browser, "stopped")

@@ -43,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import uuid
 from collections import Counter
@@ -4709,6 +4710,46 @@ class QuotesInTheEnd:
 not_a_function = 5
 
 
+class LocalModel(BaseHTTPRequestHandler):
+    """OpenAI's API as Ollama and llama.cpp have it. The answer is the list of roles and the last message.
+
+    It comes word by word, is cut before its end if that message is "cut", and goes on for ever if it is "endless".
+    """
+    protocol_version = "HTTP/1.1"
+    closed = threading.Event()      # its client has left an endless answer
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        messages = asked["messages"]
+        said = [*(message["role"] for message in messages), *messages[-1]["content"].split()]
+        self.send_response(200 if asked["stream"] and self.path == "/v1/chat/completions" else 404)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.say({"choices": [{"index": 0, "delta": {"role": "assistant", "content": None}}]})
+        for word in said if said[-1] != "endless" else itertools.repeat("word"):
+            try:
+                self.say({"choices": [{"index": 0, "delta": {"content": word + " "}}]})
+            except OSError:
+                self.closed.set()
+                return
+        if said[-1] != "cut":
+            self.say({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+            self.say({"choices": [], "usage": {"total_tokens": 9}})
+            self.send(b"data: [DONE]\n\n")
+            self.wfile.write(b"0\r\n\r\n")
+        self.close_connection = True
+
+    def say(self, data):
+        self.send(f"data: {json.dumps(data)}\n\n".encode())
+
+    def send(self, data):
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def log_message(self, *_):
+        pass
+
+
 @NOT_OURS
 class TestModelsOfYourOwn:
     """--model MODULE:FUNCTION."""
@@ -4740,6 +4781,22 @@ class TestModelsOfYourOwn:
             finally:
                 process.kill()
                 process.communicate()
+
+    @waits
+    def test_the_readmes_model_streams_from_a_local_server(self, serve):
+        with tempfile.TemporaryDirectory() as folder, ThreadingHTTPServer(("127.0.0.1", 0), LocalModel) as local:
+            threading.Thread(target=local.serve_forever, args=(0.05,), daemon=True).start()
+            Path(folder, "local.py").write_text(block("python", "# local.py"), "utf-8")
+            url = "http://{}:{}/v1/chat/completions".format(*local.server_address)
+            server = serve("--model", "local:answer", "--chunk-delay", "0", PYTHONPATH=folder, LOCAL_URL=url)
+            assert server.chat("one two", session_id="s").check().text == "user one two "
+            assert server.chat("again", session_id="s").check().text == "user assistant user again "
+            assert server.chat("cut", session_id="s").check().end["code"] == "model_error"
+            os.truncate(server.output, 0)       # a traceback is right there
+            endless = server.chat("endless", session_id="s").read(5)
+            assert server.stop("s") and endless.check().end["finish_reason"] == "cancelled"
+            assert LocalModel.closed.wait(PATIENCE), "the request to the local model goes on after a stop"
+            local.shutdown()
 
     @pytest.mark.parametrize("name, text, told", [
         ("no_text", "", "stop"), ("fails", "Half an ", ""), ("leaves", "", ""), ("raises_evil", "", "")])
@@ -4866,7 +4923,7 @@ class TestModelsOfYourOwn:
 
 README = Path(__file__).with_name("README.md")
 URL = "http://127.0.0.1:8000"       # the address in the README
-CANCELLED = b'HTTP/1.1 200 OK\r\n\r\n{"type":"complete","finish_reason":"cancelled"}\n'
+CANCELLED = b'HTTP/1.1 200 OK\r\n\r\n{"type":"complete","finish_reason":"cancelled","total_chunks":0}\n'
 TEXT = "Hello \u2028 caf\u00e9 \U0001f600, one two three"
 
 
@@ -4967,27 +5024,62 @@ def run(command, folder, variables=()):
     return done.stdout
 
 
-def load(marker, url):
-    """A Python block of the README as a module, which talks to `url` and never pauses."""
-    spec = importlib.util.spec_from_loader("readme", None)
-    module = importlib.util.module_from_spec(spec)
-    exec(compile(block("python", marker), str(README), "exec"), vars(module))     
-    assert module.URL == URL
-    module.URL = url
-    module.PAUSES = [0] * len(getattr(module, "PAUSES", ()))
-    return module
-
-
-NO_PAUSE = ("[0, 500, 1000, 2000, 4000, 8000]", "[0, 1, 1, 1, 1, 1]")
-MANY_FETCHES = """
+MANY_TURNS = """
 const turns = [];
 for (let i = 0; i < count; i++) {
-  const session = crypto.randomUUID();
-  let shown = "";
-  const answer = await chat(text, session, (answer, news) => { shown += news; });
-  turns.push([session, answer, shown]);
+  const session = crypto.randomUUID(), pauses = [];
+  globalThis.pause = seconds => { pauses.push(seconds); return 1; };
+  let shown = "", answer;
+  try {
+    answer = await chat(text, session, (answer, news) => { shown += news; });
+  } catch (error) {
+    answer = "Refused: " + error.message;
+  }
+  turns.push([session, answer, shown, pauses]);
 }
 """
+
+
+def in_javascript(url):
+    """The README's program in JavaScript for this server, without its pauses."""
+    pause = "Math.max(pause, Math.min(60, retryAfter))"
+    return replaced(block("js", "// chat.mjs"), (f'"{URL}"', f'"{url}"'), (f"1000 * {pause}", f"globalThis.pause({pause})"))
+
+
+class Shown(NamedTuple):
+    """A turn of an example client."""
+    session: str
+    answer: str         # or what it says of an error
+    text: str           # what it showed in the meantime
+    pauses: list        # in seconds; the tests do not wait for them
+
+
+def chat_in_javascript(url, count, folder):
+    """Send TEXT in `count` sessions by the README's program in JavaScript."""
+    node = needs("node")
+    (folder / "chat.mjs").write_text(in_javascript(url), "utf-8")
+    (folder / "many.mjs").write_text(f'import {{chat}} from "./chat.mjs"; const count = {count}, text = '
+                                     f"{json.dumps(TEXT)};{MANY_TURNS}process.stdout.write(JSON.stringify(turns));")
+    return [Shown(*turn) for turn in json.loads(run([node, "many.mjs"], folder))]
+
+
+def chat_in_python(url, count, folder):
+    """The same by the README's program in Python."""
+    program, turns = types.ModuleType("chat"), []
+    exec(compile(block("python", "# chat.py"), "chat.py", "exec"), vars(program))
+    assert URL == f"http://{program.SERVER}"
+    program.SERVER = url.removeprefix("http://")
+    for _ in range(count):
+        shown, pauses = [], []
+        program.print = lambda text, end="\n", flush=False, shown=shown: shown.extend((text, end))
+        program.time = types.SimpleNamespace(sleep=pauses.append)
+        session = new_id()
+        try:
+            answer = program.chat(TEXT, session)
+        except RuntimeError as error:
+            answer = f"Refused: {error}"
+        turns.append(Shown(session, answer, "".join(shown).removesuffix("\n"), pauses))
+    return turns
 
 
 class TestClients:
@@ -5001,11 +5093,17 @@ class TestClients:
         client.close()
 
 
+VARIED = ["uptime_seconds", "average_response_time", "total_bytes", "p50", "p95", "duration_minutes",
+          "session_duration_seconds", "processing_time"]      # and their numbers
+
+
 def normal(text):
     """What a server prints, without what differs from run to run."""
+    with contextlib.suppress(ValueError):       # one JSON object: the README breaks its lines
+        text = json.dumps(json.loads(text), sort_keys=True)
     for pattern, name in [(TIME.pattern, "TIME"), (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID"),
-                          (r'"processing_time":[0-9.]+', "TOOK"), (r"(?m)^Date: .*$", "DATE"),
-                          (r"(?m)^[0-9a-f]+\r\n(?=\{)", "SIZE")]:
+                          (rf'"({"|".join(VARIED)})": ?[0-9.]+', r'"\1":NUMBER'),
+                          (r"(?m)^Date: .*$", "DATE"), (r"(?m)^[0-9a-f]+\r\n(?=\{)", "SIZE")]:
         text = re.sub(pattern, name, text)
     return text.strip()
 
@@ -5020,43 +5118,48 @@ class TestReadme:
     """What the README shows is what the server does."""
 
     @waits
-    def test_the_exchange_byte_by_byte(self, serve):
+    def test_the_exchange_and_the_commands_after_it(self, serve):
+        needs("curl")
         request, answer = re.findall(r"^```http\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
         head, _, body = answer.partition("\n\n")
         shown = head.replace("\n", "\r\n") + "\r\n\r\n"
         for row in body.splitlines():       # its ends of lines are written out
-            shown += row.removesuffix("\\n").removesuffix("\\r") + ("\r\n" if row.endswith("\\r\\n") else "\n")
+            text = re.sub(r"(\\n)?(\\r\\n)+$", "", row)
+            shown += text + row[len(text):].replace("\\r", "\r").replace("\\n", "\n")
         for size, line in re.findall(r"\r\n([0-9a-f]+)\r\n(\{.*\n)", shown):
-            assert int(size, 16) == len(line) or "TOOK" in normal(line), f"{size} is not the size of {line}"
-        connection = serve().connect()
+            assert int(size, 16) == len(line) or "NUMBER" in normal(line), f"{size} is not the size of {line}"
+        story = serve()
+        connection = story.connect()
         connection.send(request.rstrip("\n").replace("\n", "\r\n").encode())
         sent = b""
         while not sent.endswith(b"\r\n0\r\n\r\n"):
             sent += connection.take(1)
+        connection.close()
         assert normal(sent.decode()) == normal(shown)
 
-    @waits
-    def test_the_commands_and_what_they_print(self, serve):
-        needs("curl")
-        server = serve()
-        server.request("POST", "/sessions/new", {"session_id": "demo"})
-        blocks = re.findall(r"^```console\n\$ (.*?)\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-        assert len(blocks) == 3
-        for command, shown in blocks:
+        commands = re.findall(r"^\$ (curl .*)\n((?:.*\n)*?)(?=```$|\$ )", README.read_text("utf-8"), re.MULTILINE)
+        assert len(commands) == 10
+        for command, shown in commands:
+            server = story
+            if "/chat/stream" in command or "/stop" in command:     # of their own: they are no part of the story
+                server = serve()
+            stream = server.chat(LONG, session_id="demo").read(3) if "/stop" in command else None
             command = replaced(command, ("curl", "curl -sS"), ("localhost:8000", url_of(server)))
             assert normal(run(["sh", "-c", command], ".")) == normal(shown)
+            assert not stream or stream.check().end["finish_reason"] == "cancelled"
 
     @waits
     def test_the_chat_at_a_terminal(self, serve):
         command, _, shown = block("text", "$ python3 streamchat_client.py").partition("\n")
-        faults = [Fault(), Fault(cut=b'"chunk_number":3')]
-        with Proxy(serve().address, faults) as proxy, \
+        fault = Fault(cut=b'"chunk_number":3')
+        with Proxy(serve().address, [fault]) as proxy, \
                 TerminalChat(proxy.url, *command.split()[3:], columns=100) as chat:
-            for line in re.findall("^You .*\u203a (.*)$", shown, re.MULTILINE):
-                chat.wait_for_prompt()
-                chat.type(line + "\r")
-            assert chat.wait_for_end() == 0
-            assert timeless(chat.seen().replace(proxy.url, URL)) == timeless(shown)
+            [line] = re.findall("^You .*\u203a (.*)$", shown, re.MULTILINE)
+            chat.wait_for_prompt()
+            chat.type(line + "\r")
+            chat.wait_for_prompt()
+            seen, _, _ = chat.seen().rpartition("\n\n")
+            assert timeless(seen.replace(proxy.url, URL)) == timeless(shown)
 
     def test_the_client_as_a_library(self, instant, tmp_path):
         shutil.copy(CLIENT, tmp_path)
@@ -5070,166 +5173,96 @@ class TestReadme:
         assert re.fullmatch("You said: Sum this up:\nYou said: Why .*You said: And in one .*[45]\n", printed, re.DOTALL)
 
 
-class TestPythonClient:
-    def test_it_runs_as_it_stands(self, instant, tmp_path):
-        path = tmp_path / "chat.py"
-        path.write_text(replaced(block("python", "# chat.py"), (URL, url_of(instant))), "utf-8")
-        printed = run([sys.executable, path], tmp_path)
-        assert printed.count("You said: ") == 2 and "2 messages came before this one." in printed
+def problem_of(status, *fields):
+    """A fault: this status instead of the answer."""
+    lines = [f"HTTP/1.1 {status} Reason", "Content-Length: 14", *fields, "", '{"detail":"x"}']
+    return Fault(instead="\r\n".join(lines).encode())
 
-    def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, instant, capsys):
-        cuts = places_to_cut(instant, 13, "close")
+
+def error_event(code, retryable):
+    """A fault: this terminal event instead of the answer."""
+    event = {"type": "error", "code": code, "message": "No such luck.", "retryable": retryable}
+    return Fault(instead=b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps(event).encode() + b"\n")
+
+
+@pytest.mark.parametrize("chat", [chat_in_python, chat_in_javascript])
+class TestExampleClients:
+    """Both programs of the README show each answer once and whole."""
+
+    def whole(self, chat, server, proxy, folder, count=1):
+        """Send `count` messages through the proxy; each is in the history, once, as it was shown."""
+        turns = chat(proxy.url, count, folder)
+        check_turns(server, [(turn.session, turn.answer) for turn in turns])
+        return turns
+
+    def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, instant, chat, tmp_path):
+        cuts = places_to_cut(instant, 29)
         with Proxy(instant.address, cut_once(cuts)) as proxy:
-            client, turns = load("# chat.py", proxy.url), []
-            for _ in cuts:
-                session = new_id()
-                turns.append((session, client.chat(TEXT, session)))
-                assert capsys.readouterr().out == turns[-1][1] + "\n"
+            turns = self.whole(chat, instant, proxy, tmp_path, len(cuts))
             assert len(proxy.requests) == 2 * len(cuts)
-        check_turns(instant, turns)
+        assert all(turn.answer == turn.text for turn in turns)
 
-    def test_lines_may_come_byte_by_byte(self, instant):
-        session = new_id()
+    def test_lines_may_come_byte_by_byte(self, instant, chat, tmp_path):
         with Proxy(instant.address, BYTE_BY_BYTE) as proxy:
-            check_turns(instant, [(session, load("# chat.py", proxy.url).chat(TEXT, session))])
+            [turn] = self.whole(chat, instant, proxy, tmp_path)
+        assert turn.answer == turn.text
 
-    def test_text_comes_as_the_model_writes_it(self, own, capsys):
-        server, times, session = own("--chunk-delay", "0.02"), [], new_id()
-        client = load("# chat.py", url_of(server))
-        client.print = lambda *args, **kwargs: times.append(time.time())
-        client.chat(TEXT, session)
-        assert times[-1] - times[0] > 0.05
-
-    def test_another_run_drops_what_was_shown(self, instant, restarted, capsys):
-        session = new_id()
+    def test_another_run_drops_what_was_shown(self, instant, restarted, chat, tmp_path):
         with restarting(instant, restarted) as proxy:
-            answer = load("# chat.py", proxy.url).chat(TEXT, session)
-        check_turns(restarted, [(session, answer)])
-        assert re.fullmatch(r"You .*\n\[Another run of the turn\..*\]\n" + re.escape(answer) + "\n",
-                            capsys.readouterr().out, re.DOTALL)
+            [turn] = self.whole(chat, restarted, proxy, tmp_path)
+        assert re.fullmatch(r"You said.*\n\[The turn was run again\..*\]\n" + re.escape(turn.answer), turn.text, re.DOTALL)
 
-    @pytest.mark.parametrize("answer", [
-        b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>",
-        b'HTTP/1.1 200 OK\r\n\r\n{"type":"error","code":"server_shutdown","message":"Bye.","retryable":true}\n',
-        b'HTTP/1.1 409 Conflict\r\nContent-Length: 99\r\n\r\n{"type": "abo',
-    ])
-    def test_what_may_pass_is_tried_again(self, instant, answer):
-        session = new_id()
-        with Proxy(instant.address, [Fault(instead=answer)]) as proxy:
-            check_turns(instant, [(session, load("# chat.py", proxy.url).chat(TEXT, session))])
+    @pytest.mark.parametrize("fault", [problem_of(502), problem_of(408), error_event("server_shutdown", True)])
+    def test_what_may_pass_is_tried_again(self, instant, chat, tmp_path, fault):
+        with Proxy(instant.address, [fault]) as proxy:
+            self.whole(chat, instant, proxy, tmp_path)
 
-    @pytest.mark.parametrize("answer", [
-        b'HTTP/1.1 409 Conflict\r\nContent-Length: 14\r\n\r\n{"status":409}',
-        b'HTTP/1.1 200 OK\r\n\r\n{"type":"error","code":"model_auth","message":"No key.","retryable":false}\n',
-    ])
-    def test_what_stays_wrong_is_raised(self, instant, answer):
-        with Proxy(instant.address, [Fault(instead=answer)]) as proxy:
-            client = load("# chat.py", proxy.url)
-            with pytest.raises(client.ChatError, match="409|No key"):
-                client.chat(TEXT, new_id())
+    @pytest.mark.parametrize("fault", [problem_of(409), problem_of(500), error_event("model_auth", False)])
+    def test_what_stays_wrong_is_told(self, instant, chat, tmp_path, fault):
+        with Proxy(instant.address, [fault]) as proxy:
+            [turn] = chat(proxy.url, 1, tmp_path)
+            assert turn.answer in ('Refused: {"detail":"x"}', "Refused: No such luck.")
             assert len(proxy.requests) == 1
 
-    def test_a_turn_that_was_stopped_is_told_from_a_whole_answer(self, instant, capsys):
+    def test_a_turn_that_was_stopped_is_told_from_a_whole_answer(self, instant, chat, tmp_path):
         with Proxy(instant.address, [Fault(instead=CANCELLED)]) as proxy:
-            load("# chat.py", proxy.url).chat(TEXT, new_id())
-        assert capsys.readouterr().out == " [cancelled]\n"
+            assert chat(proxy.url, 1, tmp_path)[0][1:3] == ("", " [cancelled]")
 
-    def test_tries_are_bounded(self):
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            port = closed.getsockname()[1]
-        client = load("# chat.py", f"http://127.0.0.1:{port}")
-        with pytest.raises(client.ChatError, match="6 tries"):
-            client.chat(TEXT, new_id())
+    def test_eight_retries_without_progress_are_the_end(self, instant, chat, tmp_path):
+        with Proxy(instant.address, itertools.repeat(Fault(cut=0))) as proxy:
+            [turn] = chat(proxy.url, 1, tmp_path)
+            assert turn.answer == "Refused: No whole answer after 8 retries." and len(proxy.requests) == 9
+        for pause, longest in zip(turn.pauses, [0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
+            assert longest / 2 <= pause <= longest
 
+    def test_each_new_chunk_gives_eight_more(self, instant, chat, tmp_path):
+        cuts = [Fault(cut=f'"chunk_number":{number},'.encode()) for number in range(2, 5) for _ in range(8)]
+        with Proxy(instant.address, cuts) as proxy:
+            self.whole(chat, instant, proxy, tmp_path)
+            assert len(proxy.requests) == 25
 
-class TestRequestsClient:
-    @pytest.fixture(autouse=True)
-    def requests(self):
-        if not importlib.util.find_spec("requests"):
-            missing("requests")
-        import requests
-        return requests
-
-    def test_it_runs_as_it_stands(self, instant, tmp_path):
-        path = tmp_path / "chat_requests.py"
-        path.write_text(replaced(block("python", "# chat_requests.py"), (URL, url_of(instant))), "utf-8")
-        assert run([sys.executable, path], tmp_path).startswith("You said: Hello!")
-
-    def read(self, requests, url, session):
-        body = {"message": TEXT, "session_id": session, "turn_id": session}
-        with requests.post(url + "/chat/stream", json=body, stream=True, timeout=PATIENCE) as response:
-            return "".join(event.get("text", "") for event in load("# chat_requests.py", url).events(response))
-
-    def test_a_cut_at_any_byte_is_noticed(self, instant, requests):
-        cuts, turns = places_to_cut(instant, 53), []
-        with Proxy(instant.address, cut_once(cuts)) as proxy:
-            for _ in cuts:
-                session = new_id()
-                with pytest.raises(OSError):
-                    self.read(requests, proxy.url, session)
-                turns.append((session, self.read(requests, proxy.url, session)))
-        check_turns(instant, turns)
-
-    def test_half_a_line_at_a_clean_end_is_noticed(self, instant, requests):
-        for body in (b'{"type":"chunk","text":"He', b'{"type":"chunk","text":"He"}\n', b""):
-            fault = Fault(instead=b"HTTP/1.0 200 OK\r\n\r\n" + body)
-            with Proxy(instant.address, [fault]) as proxy, pytest.raises(ConnectionError):
-                self.read(requests, proxy.url, new_id())
+    @pytest.mark.parametrize("asked, pause", [("7", 7), ("3600", 60)])
+    def test_retry_after_is_kept_up_to_a_minute(self, instant, chat, tmp_path, asked, pause):
+        with Proxy(instant.address, [problem_of(503, "Connection: close", f"Retry-After: {asked}")]) as proxy:
+            assert self.whole(chat, instant, proxy, tmp_path)[0].pauses == [pause]
 
 
-class TestJavaScriptClient:
-    def files(self, folder, url):
-        node = needs("node")
-        (folder / "chat.mjs").write_text(replaced(block("js", "// chat.mjs"), (URL, url), NO_PAUSE), "utf-8")
-        return node
+@NOT_OURS
+class TestExamplesAsTheyStand:
+    """Each program of the README runs; only the address is replaced."""
 
-    def many(self, folder, url, count):
-        """Turns of `count` sessions: (session, answer, what was shown of it)."""
-        node = self.files(folder, url)
-        (folder / "many.mjs").write_text(f'import {{chat}} from "./chat.mjs"; const count = {count}, text = '
-                                         f"{json.dumps(TEXT)};{MANY_FETCHES}"
-                                         "process.stdout.write(JSON.stringify(turns));")
-        return json.loads(run([node, "many.mjs"], folder))
-
-    def test_it_runs_as_it_stands(self, instant, tmp_path):
-        node = self.files(tmp_path, url_of(instant))
-        (tmp_path / "main.mjs").write_text(block("js", "// main.mjs"))
-        printed = run([node, "main.mjs"], tmp_path)
+    def check(self, printed):
         assert printed.count("You said: ") == 2 and "2 messages came before this one." in printed
 
-    def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, instant, tmp_path):
-        cuts = places_to_cut(instant, 31)
-        with Proxy(instant.address, cut_once(cuts)) as proxy:
-            turns = self.many(tmp_path, proxy.url, len(cuts))
-            assert len(proxy.requests) == 2 * len(cuts)
-        assert all(answer == shown for _, answer, shown in turns)
-        check_turns(instant, [turn[:2] for turn in turns])
+    def test_in_python(self, instant, tmp_path):
+        address = (f'"{URL.removeprefix("http://")}"', '"{}:{}"'.format(*instant.address))
+        (tmp_path / "chat.py").write_text(replaced(block("python", "# chat.py"), address), "utf-8")
+        self.check(run([sys.executable, "chat.py"], tmp_path))
 
-    def test_lines_may_come_byte_by_byte(self, instant, tmp_path):
-        with Proxy(instant.address, BYTE_BY_BYTE) as proxy:
-            check_turns(instant, [turn[:2] for turn in self.many(tmp_path, proxy.url, 1)])
-
-    def test_another_run_drops_what_was_shown(self, instant, restarted, tmp_path):
-        with restarting(instant, restarted) as proxy:
-            [(session, answer, shown)] = self.many(tmp_path, proxy.url, 1)
-        check_turns(restarted, [(session, answer)])
-        assert "[Another run of the turn." in shown and shown.endswith("]\n" + answer)
-
-    def test_a_turn_that_was_stopped_is_told_from_a_whole_answer(self, instant, tmp_path):
-        with Proxy(instant.address, [Fault(instead=CANCELLED)]) as proxy:
-            assert self.many(tmp_path, proxy.url, 1)[0][1:] == ["", " [cancelled]"]
-
-    def test_a_problem_is_raised_and_a_proxys_error_is_not(self, instant, tmp_path):
-        error = Fault(instead=b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>")
-        with Proxy(instant.address, [error]) as proxy:
-            check_turns(instant, [turn[:2] for turn in self.many(tmp_path, proxy.url, 1)])
-        problem = Fault(instead=b'HTTP/1.1 409 Conflict\r\nContent-Length: 14\r\n\r\n{"status":409}')
-        with Proxy(instant.address, [problem]) as proxy, pytest.raises(AssertionError, match='"status":409'):
-            self.many(tmp_path, proxy.url, 1)
-
-    def test_split_on_each_read_loses_data_as_the_readme_shows(self, tmp_path):
-        (tmp_path / "split.mjs").write_text(block("js", "// split.mjs"))
-        assert run([needs("node"), "split.mjs"], tmp_path) == block("text", "split on each read:")
+    def test_in_javascript(self, instant, tmp_path):
+        (tmp_path / "chat.mjs").write_text(replaced(block("js", "// chat.mjs"), (URL, url_of(instant))), "utf-8")
+        (tmp_path / "main.mjs").write_text(block("js", "// main.mjs"), "utf-8")
+        self.check(run([needs("node"), "main.mjs"], tmp_path))
 
 
 WAIT = f"""
@@ -5346,95 +5379,18 @@ class Browser:
         return [each["request"]["url"] for each in asked if not each["documentURL"].startswith("chrome:")]
 
 
-MANY_XHRS = """
-const [count, text] = args, turns = [];
-for (let i = 0; i < count; i++) {
-  const session = crypto.randomUUID();
-  let run, shown = [];
-  const show = event => {
-    if (event.type === "session_info" && event.timestamp !== run) { run = event.timestamp; shown = []; }
-    if (event.type === "chunk" && event.chunk_number > shown.length) shown.push(event.text);
-  };
-  for (let tries = 0, whole = false; !whole && tries < 5; tries++) {
-    whole = await new Promise(resolve => chatXhr(text, session, session, show, resolve));
-  }
-  turns.push([session, shown.join("")]);
-}
-return turns;
-"""
-
-
-class TestClientsInABrowser:
-    def pages(self):
-        fetch = replaced(block("js", "// chat.mjs"), (f'"{URL}"', '""'), NO_PAUSE)
-        xhr = "<!DOCTYPE html><script>" + block("js", "// chat_xhr.js") + "</script>"
-        return {"/chat.html": ("text/html; charset=utf-8", block("html", "chat.html").encode()),
-                "/chat.mjs": ("text/javascript", fetch.encode()), "/xhr": ("text/html", xhr.encode())}
-
-    def open_page(self, browser, proxy):
-        browser.open(proxy.url + "/chat.html")
-        script = 'return document.getElementById("answer").textContent;'
-        assert wait_until(lambda: browser.run(script).endswith("this one."))
-        return browser.run(script)
-
+class TestExampleClientInABrowser:
     @waits
-    def test_the_page_shows_the_answer(self, serve, browser):
-        server = serve(*INSTANT)
-        with Site(server.address, self.pages()) as proxy:
-            text = self.open_page(browser, proxy)
-        assert text == "You said: Hello!\n\nThis is the offline model. 0 messages came before this one."
-
-    @waits
-    def test_fetch_survives_a_cut_at_any_byte(self, serve, browser):
+    def test_it_survives_a_cut_at_any_byte(self, serve, browser):
         server = serve(*INSTANT)
         cuts = places_to_cut(server, 37)
-        with Site(server.address, self.pages(), [Fault(), *cut_once(cuts)]) as proxy:    # not the page's own turn
-            self.open_page(browser, proxy)
-            turns = browser.run('const {chat} = await import("/chat.mjs"), [count, text] = args;' + MANY_FETCHES
+        pages = {"/": ("text/html", b""), "/chat.mjs": ("text/javascript", in_javascript("").encode())}
+        with Site(server.address, pages, cut_once(cuts)) as proxy:
+            browser.open(proxy.url + "/")
+            turns = browser.run('const {chat} = await import("/chat.mjs"), [count, text] = args;' + MANY_TURNS
                                 + "return turns;", len(cuts), TEXT)
-        assert all(answer == shown for _, answer, shown in turns)
+        assert all(answer == shown for _, answer, shown, _ in turns)
         check_turns(server, [turn[:2] for turn in turns])
-
-    @waits
-    def test_xhr_survives_a_cut_at_any_byte(self, serve, browser):
-        server = serve(*INSTANT)
-        cuts = places_to_cut(server, 37)
-        with Site(server.address, self.pages(), cut_once(cuts)) as proxy:
-            browser.open(proxy.url + "/xhr")
-            check_turns(server, browser.run(MANY_XHRS, len(cuts), TEXT))
-            assert sum(line.startswith("POST") for line in proxy.requests) >= 2 * len(cuts)
-
-    @waits
-    def test_xhr_reads_lines_that_come_byte_by_byte(self, serve, browser):
-        server = serve(*INSTANT)
-        with Site(server.address, self.pages(), BYTE_BY_BYTE) as proxy:
-            browser.open(proxy.url + "/xhr")
-            check_turns(server, browser.run(MANY_XHRS, 1, TEXT))
-
-
-class TestCurl:
-    def test_the_lines_run_as_they_stand(self, instant, tmp_path):
-        needs("curl")
-        session = new_id()
-        script = replaced(block("sh", "# curl.sh"), (URL, url_of(instant)), ("my-chat", session))
-        printed = run(["sh", "-ec", script], tmp_path).splitlines()
-        assert [text for role, text in instant.history(session) if role == "user"] == ["Hello!", "And how are you?"]
-        kinds = [event_of(line.encode())["type"] for line in printed if line.startswith('{"type"')]
-        assert kinds.count("session_info") == kinds.count("complete") == 3
-        assert [json.loads(line)["stopped"] for line in printed[-2:]] == [False, False]
-
-    def test_the_loop_survives_cuts(self, instant, tmp_path):
-        needs("curl")
-        cuts = random.Random(1).sample(places_to_cut(instant, 3), 12)
-        with Proxy(instant.address, [Fault(), *cut_once(cuts)]) as proxy:
-            for _ in range(1 + len(cuts)):
-                session, turn = new_id(), new_id()
-                script = replaced(block("sh", "# chat.sh"), (URL, proxy.url), ("my-session", session),
-                                  ("turn-1", turn), ("0 1 2 4 8", "0 0 0"), ("Hello!", "One two three"))
-                printed = run(["sh", "-c", script], tmp_path).splitlines()
-                start = max(at for at, line in enumerate(printed) if line.startswith('{"type":"session_info"'))
-                shown = "".join(json.loads(line).get("text", "") for line in printed[start:])
-                check_turns(instant, [(session, shown)])
 
 
 def nginx(server, *changes):
@@ -5682,8 +5638,7 @@ class TestManyServers:
             assert check_turn([first, *lines]).end["finish_reason"] == "cancelled"
             named = many.front.request("POST", "/chat/stream", {"message": "Hi", "session_id": session})
             check_problem(named, 400, "invalid_field")
-            refusal = many.front.request("POST", "/sessions/new", {})
-            assert "POST /sessions/{session_id}/stream" in check_problem(refusal, 404, "not_found")["detail"]
+            assert many.front.request("POST", "/sessions/new", {}).status == 404
             assert len({many.front.stats()["start_time"] for _ in range(6)}) == 1
 
 
@@ -7524,7 +7479,7 @@ class TestThePageLeavesTheReaderAlone:
 
 
 class TestThePageChats:
-    """README, "The page": what a person does, and what the page says about it."""
+    """README, "Demo page": what a person does, and what the page says about it."""
 
     @waits
     def test_sessions_have_names_and_are_opened_begun_cleared_and_deleted(self, serve, browser):
@@ -7889,7 +7844,7 @@ CURL_TOKEN = {"STREAMCHAT_TOKEN": TOKEN}
 
 
 class TestThePageShowsTheWire:
-    """README, "The page": each line of a stream as it came, and what recovery does, at the press of a button."""
+    """README, "Demo page": each line of a stream as it came, and what recovery does, at the press of a button."""
 
     @waits
     def test_each_line_is_shown_as_it_came(self, serve, browser):
@@ -8014,7 +7969,7 @@ def names_to_show(api, operation):
 
 
 class TestThePageShowsTheApi:
-    """README, "The page": the operations of /openapi.json, each to be tried."""
+    """README, "Demo page": the operations of /openapi.json, each to be tried."""
 
     @waits
     def test_every_operation_has_its_fields_an_address_and_a_request_to_edit(self, serve, browser):
@@ -8192,7 +8147,7 @@ def check_harmless(browser):
 
 
 class TestThePageIsSafe:
-    """README, "The page": what comes from outside is text. It never runs, and is never HTML."""
+    """README, "Demo page": what comes from outside is text. It never runs, and is never HTML."""
 
     @waits
     def test_hostile_texts_streams_and_sessions_are_shown_as_they_are(self, serve, browser):
@@ -8346,7 +8301,7 @@ return Array.from(all).filter(element => {
 
 
 class TestThePageIsForEveryone:
-    """README, "The page": any width, light and dark, on paper, with or without a mouse, eyes and patience."""
+    """README, "Demo page": any width, light and dark, on paper, with or without a mouse, eyes and patience."""
 
     @waits
     def test_it_fits_each_width_and_its_colours_follow_the_scheme(self, serve, browser):
@@ -8712,7 +8667,7 @@ COMMANDS = [sys.executable, "-I", "-c", WITHOUT_PYTEST, __file__]
 
 @NOT_OURS
 class TestBench:
-    """README, "Measure a server": the command that measures a server, or two in turn."""
+    """The command that measures a server, or two in turn."""
 
     def bench(self, *arguments):
         command = [*COMMANDS, "bench", "--quick", *arguments]
@@ -8755,7 +8710,7 @@ WRONG_PROXIES = [
 
 @NOT_OURS
 class TestCheckYourOwnClient:
-    """README, "Check your own client": the proxy of other tests is a command, too. Each fault is what it says."""
+    """README, "Testing a server or a client": the proxy of other tests is a command, too. Each fault is what it says."""
 
     @contextlib.contextmanager
     def command(self, server, *flags):
@@ -8774,12 +8729,10 @@ class TestCheckYourOwnClient:
             process.kill()
             process.wait(PATIENCE)
 
-    def test_the_readmes_client_gets_whole_answers_through_the_command(self, instant):
+    def test_the_readmes_client_gets_whole_answers_through_the_command(self, instant, tmp_path):
         with self.command(instant, "--cut", "0.3", "--repeat", "0.3", "--seed", "5") as (url, printed):
-            client = load("# chat.py", url)
-            client.PAUSES *= 10     # so many tries do not all fail by chance
-            check_turns(instant, [(session, client.chat(TEXT, session)) for session in (new_id() for _ in range(10))])
-        shown = re.compile(r"[0-9:.]{12}  'POST /chat/stream HTTP/1\.1'  (cut|repeat)( after \d+ bytes)?")
+            check_turns(instant, [turn[:2] for turn in chat_in_python(url, 10, tmp_path)])
+        shown = re.compile(r"[0-9:.]{12}  'POST /sessions/\S+/stream HTTP/1\.1'  (cut|repeat)( after \d+ bytes)?")
         assert {shown.fullmatch(line)[1] for line in printed} == {"cut", "repeat"}
 
     def test_what_a_client_sends_is_printed_escaped(self, instant):

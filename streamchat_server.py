@@ -251,6 +251,7 @@ class Turn:
         self.first_due: int | None = None  # the moment of the first chunk
         self.last_due = self.began - self.delay  # and of the last; so the first one is due at once
         self.heard = self.began  # the model's last sign of life
+        self.asked = False  # whether the model has been asked
         self.pieces: Any = None  # the model's iterator, while it runs
         self.outcome: Any = None  # how the model ended, once it is done
         self.final = ""  # text of the final chunk
@@ -271,6 +272,13 @@ class Turn:
                     self.first_due = self.first_due or self.last_due
                     self.pending.append((self.last_due, text))
                 self.changed.notify_all()
+
+    def ask(self) -> None:
+        """Ask the model, once. The first reader calls this when session_info has left."""
+        with self.changed:
+            is_first, self.asked = not self.asked, True
+        if is_first:
+            self.sessions.start(self)
 
     def wait_for_pace(self, outcome: Outcome) -> None:
         """The model is done: wait until its last chunk is due, or until something else ends the turn."""
@@ -335,6 +343,7 @@ class Turn:
             self.readers += 1
         try:
             yield self.lines[:OPENING]
+            self.ask()
             at, spoken, running = OPENING + after, clock(), True
             while running:
                 with self.changed:
@@ -354,6 +363,7 @@ class Turn:
                     yield lines
                     at, spoken = at + len(lines), clock()
         finally:
+            self.ask()  # also if the send of the first lines has failed
             with self.changed:
                 self.readers -= 1
                 if not self.readers:
@@ -489,13 +499,16 @@ class Sessions:
                 self.running[turn] = None
                 self.models += 1
             self.console.turn_started(turn, len(self.running))
-            try:
-                _thread.start_new_thread(self._run, (turn,))
-            except RuntimeError:  # the system has no thread left
-                with self.lock:
-                    self.models -= 1
-                self.end(turn, Failure("internal_error"))
             return turn
+
+    def start(self, turn: Turn) -> None:
+        """Start the model of a turn in a thread of its own."""
+        try:
+            _thread.start_new_thread(self._run, (turn,))
+        except RuntimeError:  # the system has no thread left
+            with self.lock:
+                self.models -= 1
+            self.end(turn, Failure("internal_error"))
 
     def _run(self, turn: Turn) -> None:
         """Run the session's model into the turn, in a thread of its own."""

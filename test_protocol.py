@@ -4877,6 +4877,36 @@ class TestModelsOfYourOwn:
                 process.communicate()
 
     @waits
+    def test_session_info_leaves_before_the_model_is_asked(self, serve):
+        watching = """if True:
+            import time
+            import streamchat_server
+            left, send = [], streamchat_server.Handler.send
+
+            def slow_send(handler, data):
+                time.sleep(0.2)
+                send(handler, data)
+                left.append(data)
+
+            def model(history):
+                streamchat_server.Handler.send = slow_send
+                yield str(any(b'"session_info"' in data for data in left))
+            """
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "watching.py").write_text(watching)
+            server = serve("--model", "watching:model", "--chunk-delay", "0", PYTHONPATH=folder)
+            server.chat("the next sends are slow").check()
+            assert server.chat("Hi").check().text == "True"
+
+    @waits
+    def test_a_client_that_left_before_the_first_line_does_not_keep_its_turn_from_running(self, serve):
+        server = serve(*BRISK)
+        connection = server.connect()
+        connection.send(chat_request({"message": "Hi", "session_id": "s", "turn_id": "t"}))
+        connection.abort()
+        assert wait_until(lambda: server.get("/health")["successful_requests"] == 1)
+
+    @waits
     def test_the_readmes_model_streams_from_a_local_server(self, serve):
         with tempfile.TemporaryDirectory() as folder, ThreadingHTTPServer(("127.0.0.1", 0), LocalModel) as local:
             threading.Thread(target=local.serve_forever, args=(0.05,), daemon=True).start()

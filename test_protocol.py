@@ -666,7 +666,7 @@ PROXY = """\
 A proxy between a client and a server of this protocol, which cuts streams as a bad network would.
 
 With each piece of a stream that comes from the server (a line or a few; all that a retry gets again) the dice are cast
-whether the client's connection is cut, at a random byte of this piece. So who tries again gets further. Each fault is
+whether the client's connection is cut, at a random byte of this piece. So a client that tries again gets further. Each fault is
 printed; other requests pass untouched. A client that keeps the protocol shows the same text as without the proxy, and
 its session's history has each turn once."""
 STREAM = re.compile(r"(POST /chat|(GET|POST) /sessions/[^/ ]+)/stream[? ]")
@@ -869,7 +869,7 @@ def try_client(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tools for who builds a server or a client of streamable HTTP chat.")
+    parser = argparse.ArgumentParser(description="Tools for those who build a server or a client of streamable HTTP chat.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("bench", help="measure a server, or compare two", description=BENCH,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)

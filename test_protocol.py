@@ -7087,7 +7087,7 @@ class TestTypedDuringAnAnswer:
             wait_until(lambda: not self.modes(chat) & pytest.importorskip("termios").ECHO)
             chat.type("still seen")
             chat.wait("still seen")
-            chat.type("\x15" + CTRL_D)
+            chat.type("\x15/quit\r")
             chat.wait("Goodbye.*shell> ")
 
 

@@ -665,10 +665,9 @@ def compare(name, a, b):
 PROXY = """\
 A proxy between a client and a server of this protocol, which cuts streams as a bad network would.
 
-With each piece of a stream that comes from the server (a line or a few; all that a retry gets again) the dice are cast
-whether the client's connection is cut, at a random byte of this piece. So a client that tries again gets further. Each fault is
-printed; other requests pass untouched. A client that keeps the protocol shows the same text as without the proxy, and
-its session's history has each turn once."""
+Whenever bytes of a stream come from the server, the proxy may cut the client's connection, at a random byte among them.
+So a client that tries again gets further, unless --cut is 1. Each fault is printed. Other requests pass untouched. A
+client that keeps the protocol shows the same text as without the proxy, and its session's history has each turn once."""
 STREAM = re.compile(r"(POST /chat|(GET|POST) /sessions/[^/ ]+)/stream[? ]")
 
 
@@ -869,7 +868,7 @@ def try_client(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tools for those who build a server or a client of streamable HTTP chat.")
+    parser = argparse.ArgumentParser(description="Tools to test a server or a client of streamable HTTP chat.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("bench", help="measure a server, or compare two", description=BENCH,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -5277,6 +5276,27 @@ class TestReadme:
             command = replaced(command, ("curl", "curl -sS"), ("localhost:8000", url_of(server)))
             assert normal(run(["sh", "-c", command], ".")) == normal(shown)
             assert not stream or stream.check().end["finish_reason"] == "cancelled"
+
+    def test_every_link_has_its_heading(self):
+        text = README.read_text("utf-8")
+        headings = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+                    for heading in re.findall("^##+ (.*)$", text, re.MULTILINE)}
+        links = re.findall(r"\]\(#([^)]+)\)", text)
+        assert len(links) > 30 and set(links) <= headings
+
+    def test_every_flag_is_told_with_its_default(self):
+        text = README.read_text("utf-8")
+        said = run([sys.executable, SERVER, "--help"], ".", {"COLUMNS": "1000"})
+        for flag, default in re.findall(r"(--[a-z-]+) N .*\(default: (.*)\)", said):
+            assert f"| `{flag}` | {default} |" in text or f"`, `{flag}` | `127.0.0.1`, `{default}` |" in text
+        for flag in {*re.findall("--[a-z-]+", said)} - {"--help"}:
+            assert f"`{flag}`" in text
+
+    def test_every_code_is_told(self, instant):
+        schemas = instant.get("/openapi.json")["components"]["schemas"]
+        told = set(re.findall(r"`(\w+)`", README.read_text("utf-8").partition("\n## Errors\n")[2]))
+        for kind in ("problem", "error"):
+            assert set(schemas[kind]["properties"]["code"]["enum"]) <= told
 
     @waits
     def test_the_chat_at_a_terminal(self, serve):

@@ -667,7 +667,7 @@ A proxy between a client and a server of this protocol, which cuts streams as a 
 
 Whenever bytes of a stream come from the server, the proxy may cut the client's connection, at a random byte among them.
 So a client that tries again gets further, unless --cut is 1. Each fault is printed. Other requests pass untouched. A
-client that keeps the protocol shows the same text as without the proxy, and its session's history has each turn once."""
+client that keeps the protocol shows the same text as without the proxy, and its history has each turn once."""
 STREAM = re.compile(r"(POST /chat|(GET|POST) /sessions/[^/ ]+)/stream[? ]")
 
 

@@ -281,6 +281,7 @@ class Turn:
         self.api, self.message = api, message
         self.session_id, self.turn_id = session_id or str(uuid4()), turn_id or str(uuid4())
         self.sent = False  # the server may know of this turn
+        self.stopped = False  # the server has confirmed a stop
         self.coding = "none"  # the transfer coding of the answer
         self.line = b""  # the bytes of the last event
         self.chunks = 0  # the numbers 1 to this have come
@@ -316,12 +317,18 @@ class Turn:
                 wait(error, retries, max(pause, min(error.retry_after, LONGEST_RETRY_AFTER)))
 
     def _post(self) -> Iterator[Event]:
-        """POST the turn once. Yields events until the connection is lost, which raises ChatError."""
+        """POST the turn once, or after a stop only GET the rest, since a POST could run the turn again.
+
+        Yields events until the connection is lost, which raises ChatError.
+        """
         connection = self.api.connect(SILENCE)
         self._socket = connection.sock
         self.sent = True
-        path, body = path_of(self.session_id, "/stream"), {"message": self.message, "turn_id": self.turn_id}
-        with self.api.exchange(connection, "POST", path, body) as response:
+        method, path = "POST", path_of(self.session_id, "/stream")
+        body: dict[str, str] | None = {"message": self.message, "turn_id": self.turn_id}
+        if self.stopped:
+            method, path, body = "GET", f"{path}?after={self.chunks}", None
+        with self.api.exchange(connection, method, path, body) as response:
             self.coding = response.headers.get("Transfer-Encoding", "none")
             while True:
                 self.line = read_line(response)
@@ -339,6 +346,8 @@ class Turn:
             self.chunks = max(self.chunks, event["chunk_number"])
             return is_new
         is_new = self.line not in self._seen
+        if self.stopped and event.get("turn_id", self.turn_id) != self.turn_id:  # of another client
+            raise ChatError("The server has lost the stopped turn.", "lost")
         if is_new and kind == "session_info":  # another run of the turn
             self.chunks = 0
             self._seen.clear()
@@ -347,7 +356,9 @@ class Turn:
 
     def stop(self) -> bool:
         """Stop the turn. Returns False if it was not running."""
-        return self.api.stop(self.session_id, self.turn_id)
+        was_running = self.api.stop(self.session_id, self.turn_id)
+        self.stopped = self.stopped or was_running
+        return was_running
 
     def is_in_history(self) -> bool:
         """Whether the server has the whole turn."""

@@ -6824,6 +6824,20 @@ class TestTerminalClientStops:
             assert not server.stats()["streams"] and rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
 
     @waits
+    def test_a_turn_that_was_stopped_never_runs_again(self, serve):
+        """The stream stalls, and the server loses its memory when it has confirmed the stop."""
+        server, restarted = serve(*CALM), serve(*CALM)
+        with Proxy(server.address, [Fault(stall=900)]) as proxy, chatting(proxy.url) as chat:
+            chat.type(LONG + "\r")
+            chat.wait("You said: word")
+            chat.type(CTRL_C)
+            assert wait_until(lambda: not server.stats()["streams"])
+            proxy.target = restarted.address
+            chat.wait_for_prompt()
+            assert any(line.startswith("GET /sessions/") and "/stream?after=" in line for line in proxy.requests)
+            assert restarted.get("/health")["total_requests"] == 0
+
+    @waits
     def test_while_the_server_answers_nothing_at_all(self, serve):
         server = serve(*CALM)
         with Proxy(server.address, [Fault(stall=900)]) as proxy, \

@@ -1438,6 +1438,7 @@ class TestRunIt:
         server.response(connection, close=False)
         server.process.send_signal(signal.SIGTERM)
         assert wait_until(lambda: not self.serves(server), 3)
+        time.sleep(0.5)     # what was sent before is answered first
         connection.send(chat_request({"message": "Hi"}) + http_request("GET", "/sessions"))
         refused = server.response(connection, close=False)
         check_problem(refused, 503, "overloaded")
@@ -3657,18 +3658,6 @@ class TestWhoMayComeIn:
         for text in (*everything, server.log()):
             assert TOKEN not in text
 
-    @NOT_OURS
-    def test_the_readmes_lines_make_a_token_and_use_it(self):
-        needs("curl")
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = str(taken.getsockname()[1])
-        until_it_serves = f"until curl -so /dev/null http://127.0.0.1:{port}/health; do kill -0 $!; sleep 0.1; done"
-        script = replaced(block("sh", "# token.sh"), ("8000", port), ("0.0.0.0", f"0.0.0.0 --port {port}"),
-                          ("python3", sys.executable), ("curl", "curl -sS"),
-                          ("&\nsleep 1\n", f">&2 & trap 'kill $!' EXIT\n{until_it_serves}\n"))
-        printed = run(["sh", "-ec", script], SERVER.parent).encode()
-        check_turn(printed.splitlines(keepends=True), message="Hello", delay=0.1, words=4)
-
     @pytest.mark.parametrize("host", LOOPBACK_HOSTS)
     def test_a_loopback_host_is_served(self, fast, host):
         assert ask(fast, "GET", "/health", host=host).status == 200
@@ -4910,9 +4899,9 @@ class TestModelsOfYourOwn:
     def test_the_readmes_model_streams_from_a_local_server(self, serve):
         with tempfile.TemporaryDirectory() as folder, ThreadingHTTPServer(("127.0.0.1", 0), LocalModel) as local:
             threading.Thread(target=local.serve_forever, args=(0.05,), daemon=True).start()
-            Path(folder, "local.py").write_text(block("python", "# local.py"), "utf-8")
-            url = "http://{}:{}/v1/chat/completions".format(*local.server_address)
-            server = serve("--model", "local:answer", "--chunk-delay", "0", PYTHONPATH=folder, LOCAL_URL=url)
+            address = ("127.0.0.1:11434", "{}:{}".format(*local.server_address))
+            Path(folder, "local.py").write_text(replaced(block("python", "# local.py"), address), "utf-8")
+            server = serve("--model", "local:answer", "--chunk-delay", "0", PYTHONPATH=folder)
             assert server.chat("one two", session_id="s").check().text == "user one two "
             assert server.chat("again", session_id="s").check().text == "user assistant user again "
             assert server.chat("cut", session_id="s").check().end["code"] == "model_error"
@@ -5168,7 +5157,8 @@ def in_javascript(url):
     """The README's program in JavaScript for this server, without its pauses."""
     seconds = "Math.max(pause, Math.min(60, asked))"
     pause = (f"1000 * {seconds}", f"globalThis.pause({seconds})")
-    return replaced(block("js", "// chat.mjs"), (f'"{URL}"', f'"{url}"'), pause)
+    text, _, _ = replaced(block("js", "// chat.mjs"), (f'"{URL}"', f'"{url}"'), pause).partition("\nconst session")
+    return text + "export {chat};\n"
 
 
 class Shown(NamedTuple):
@@ -5237,11 +5227,6 @@ def normal(text):
     return text.strip()
 
 
-def timeless(shown):
-    """What the client shows, without times."""
-    return re.sub(r"\d+:\d\d:\d\d(\.\d{3})?|\d\.\d{3}s", "TIME", shown).strip()
-
-
 @NOT_OURS
 class TestReadme:
     """What the README shows is what the server does."""
@@ -5297,19 +5282,6 @@ class TestReadme:
         told = set(re.findall(r"`(\w+)`", README.read_text("utf-8").partition("\n## Errors\n")[2]))
         for kind in ("problem", "error"):
             assert set(schemas[kind]["properties"]["code"]["enum"]) <= told
-
-    @waits
-    def test_the_chat_at_a_terminal(self, serve):
-        command, _, shown = block("text", "$ python3 streamchat_client.py").partition("\n")
-        fault = Fault(cut=b'"chunk_number":3')
-        with Proxy(serve().address, [fault]) as proxy, \
-                TerminalChat(proxy.url, *command.split()[3:], columns=100) as chat:
-            [line] = re.findall("^You .*\u203a (.*)$", shown, re.MULTILINE)
-            chat.wait_for_prompt()
-            chat.type(line + "\r")
-            chat.wait_for_prompt()
-            seen, _, _ = chat.seen().rpartition("\n\n")
-            assert timeless(seen.replace(proxy.url, URL)) == timeless(shown)
 
     def test_the_client_as_a_library(self, instant, tmp_path):
         """The program that the client's first lines show."""
@@ -5381,6 +5353,12 @@ class TestExampleClients:
         with Proxy(instant.address, [Fault(instead=CANCELLED)]) as proxy:
             assert chat(proxy.url, 1, tmp_path)[0].text == " [cancelled]"
 
+    def test_unknown_events_and_blank_lines_are_ignored(self, chat, tmp_path):
+        unknown = line_of("unknown", chunk_number=9, total_chunks=9, retryable=False)
+        events = [unknown, INFO, b"\n", unknown, STATUS, *CHUNKS, unknown, COMPLETE]
+        with Proxy(None, [Fault(instead=b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(events))]) as proxy:
+            assert chat(proxy.url, 1, tmp_path)[0].text == "".join(WORDS)
+
     def test_missing_lines_are_a_cut(self, instant, chat, tmp_path):
         for events in ([INFO, CHUNKS[1]], [INFO, COMPLETE]):
             lines = Fault(instead=b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(events))
@@ -5420,8 +5398,7 @@ class TestExamplesAsTheyStand:
 
     def test_in_javascript(self, instant, tmp_path):
         (tmp_path / "chat.mjs").write_text(replaced(block("js", "// chat.mjs"), (URL, url_of(instant))), "utf-8")
-        (tmp_path / "main.mjs").write_text(block("js", "// main.mjs"), "utf-8")
-        self.check(run([needs("node"), "main.mjs"], tmp_path))
+        self.check(run([needs("node"), "chat.mjs"], tmp_path))
 
 
 WAIT = f"""
@@ -5552,24 +5529,25 @@ class TestExampleClientInABrowser:
 
 
 def nginx(server, *changes):
-    """The README's block for one server in a real nginx."""
-    return in_nginx("# nginx.conf", (URL, url_of(server)), *changes)
+    """The README's configuration for one server in a real nginx."""
+    one = "".join(line for line in block("nginx", "# nginx.conf").splitlines(keepends=True) if "# *" not in line)
+    return in_nginx(one, ("127.0.0.1:8000", "{}:{}".format(*server.address)), *changes)
 
 
 @contextlib.contextmanager
-def in_nginx(marker, *changes):
-    """A block of the README in a real nginx, with its address and these changes replaced; yields its address."""
+def in_nginx(conf, *changes):
+    """The README's configuration in a real nginx, with its address and these changes replaced; yields its address."""
     program = needs("nginx", "/usr/sbin", "/usr/local/sbin")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = taken.getsockname()
-    text = replaced(block("nginx", marker), ("listen 80;", "listen {}:{};".format(*address)), *changes)
+    text = replaced(conf, ("listen 80;", "listen {}:{};".format(*address)), *changes)
     with tempfile.TemporaryDirectory() as folder:
         user = "user root;" if hasattr(os, "geteuid") and os.geteuid() == 0 else ""
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         paths = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
-        conf = Path(folder, "conf")
-        conf.write_text(f"daemon off; pid {folder}/pid; {user} events {{}} http {{ access_log off; {paths}\n{text}}}")
-        process = subprocess.Popen([program, "-p", folder, "-e", f"{folder}/log", "-c", conf], stderr=subprocess.PIPE)
+        file = Path(folder, "conf")
+        file.write_text(f"daemon off; pid {folder}/pid; {user} events {{}} http {{ access_log off; {paths}\n{text}}}")
+        process = subprocess.Popen([program, "-p", folder, "-e", f"{folder}/log", "-c", file], stderr=subprocess.PIPE)
         try:
             assert wait_until(lambda: process.poll() is not None or answers(address)), "nginx does not start"
             assert process.poll() is None, process.stderr.read().decode()
@@ -5712,8 +5690,8 @@ def many_servers(serve):
     with tempfile.TemporaryDirectory() as folder:
         many = ManyServers(serve, folder)
         places = [(f"127.0.0.1:{port}", "{}:{}".format(*server.address))
-                  for port, server in zip((8001, 8002, 8003), many.servers, strict=True)]
-        with in_nginx("# many.conf", *places) as address:
+                  for port, server in zip((8000, 8001, 8002), many.servers, strict=True)]
+        with in_nginx(block("nginx", "# nginx.conf"), *places) as address:
             many.front = Server(*address)
             yield many
 
@@ -7562,7 +7540,7 @@ class TestThePageShowsText:
             tasks = browser.run("return tasks;")
         assert text == server.history(session)[-1][1] and len(lines) > 5000
         assert "".join(line + "\n" for line in lines).encode() == b"".join(server.follow(session).read().lines)
-        assert max(tasks, default=0) < 5000, "a person who types has to wait"
+        assert max(tasks, default=0) < 1000 * PATIENCE, "a person who types has to wait"
 
 
 def scroll_by_wheel(browser):
@@ -8230,8 +8208,8 @@ class TestThePageShowsTheApi:
     @waits
     def test_the_page_works_below_a_path_of_a_proxy(self, serve, browser):
         server = serve(*INSTANT)
-        with nginx(server, ("location / {", "location /ai/ {"), ("proxy_pass " + url_of(server) + ";",
-                                                               "proxy_pass " + url_of(server) + "/;")) as address:
+        below = [("location / {", "location /ai/ {"), ("proxy_pass http://chat;", "proxy_pass http://chat/;")]
+        with nginx(server, *below) as address:
             url = "http://{}:{}/ai".format(*address)
             with opened(browser, url, "/docs"):
                 browser.wait('document.querySelector("#api .operation")?.checkVisibility()')

@@ -5330,6 +5330,7 @@ class TestExampleClients:
     def test_lines_may_come_byte_by_byte(self, instant, chat, tmp_path):
         with Proxy(instant.address, BYTE_BY_BYTE) as proxy:
             self.whole(chat, instant, proxy, tmp_path)
+            assert len(proxy.requests) == 1
 
     def test_another_run_drops_what_was_shown(self, instant, restarted, chat, tmp_path):
         with restarting(instant, restarted) as proxy:

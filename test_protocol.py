@@ -7,10 +7,10 @@
 
 The first line tests `streamchat_server.py` beside this file: it starts servers of its own, on free ports, each with the
 flags that a test needs. The second tests the server at that address, whatever it is written in, at the levels core and
-sessions; `-m core`, `-m sessions` or `-m strict` chooses one (README, "Conformance"). Its model should repeat the user's
-message as the offline model does, and it should have no other visitors meanwhile, since the counters are tested too;
-what needs a server of our own is skipped. The third line measures a server, and the fourth tries a client: it is a proxy
-that cuts. They need no pytest.
+sessions; `-m core`, `-m sessions` or `-m strict` chooses one (README, "Conformance"). Its model should repeat the
+user's message as the offline model does, and it should have no other visitors meanwhile, since the counters are tested
+too; what needs a server of our own is skipped. The third line measures a server, and the fourth tries a client: it is
+a proxy that cuts. They need no pytest.
 
 Read it as the protocol's fine print. The suite trusts no HTTP library and none of the project's other files: it reads
 raw sockets with the strict reader below, `check_turn` holds every rule of a stream, and every test that streams goes

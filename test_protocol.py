@@ -2229,7 +2229,7 @@ class TestSessionsAndTheOtherEndpoints:
         for method, path in STREAMS:
             assert api["paths"][path][method]["responses"]["200"]["content"]["application/x-ndjson"]["itemSchema"]
 
-    @sessions
+    @strict
     @cases(ROUTES)
     def test_no_answer_is_kept_by_a_cache(self, fast, case):
         path, session = case[0], new_id()
@@ -7871,7 +7871,8 @@ class TestThePageRecovers:
                 until(browser, "stopped")
                 browser.wait(f"{HURRY} && ({ARTICLES}).length === 4")     # with what was said while it was hidden
                 check_articles(browser, server, session)
-        assert [line.split()[0] for line in streams(proxy)].count("POST") == 2, "the second window only follows"
+        posts = [line.split()[0] for line in streams(proxy)].count("POST")
+        assert 2 <= posts <= 3, "the second window only follows; the first one may need another try"
 
     @waits
     def test_other_clients_and_other_sessions_go_on(self, serve, browser):

@@ -298,7 +298,7 @@ class Turn:
         retries = progress = 0
         while True:
             try:
-                for event in self._post():
+                for event in self._send():
                     if self._accept(event):
                         yield event
                     if self.chunks > progress:  # the answer is longer than ever before
@@ -316,7 +316,7 @@ class Turn:
                 retries += 1
                 wait(error, retries, max(pause, min(error.retry_after, LONGEST_RETRY_AFTER)))
 
-    def _post(self) -> Iterator[Event]:
+    def _send(self) -> Iterator[Event]:
         """POST the turn once, or after a stop only GET the rest, since a POST could run the turn again.
 
         Yields events until the connection is lost, which raises ChatError.
@@ -383,7 +383,7 @@ class StopByCtrlC:
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
         self.pressed = False
-        self._stopped = False  # the server has confirmed the end of the turn
+        self._confirmed = False  # the server has confirmed the end of the turn
         self._pausing = False  # the main thread pauses before a retry
         self._asked = threading.Event()  # the server has confirmed the stop, or will not
         self._over = threading.Event()
@@ -406,9 +406,9 @@ class StopByCtrlC:
     def _stop(self) -> None:
         """Ask the server until it has stopped the turn: a stop that overtakes its POST has no effect."""
         deadline = time.monotonic() + STOP_TIME
-        while not self._stopped and not self._over.is_set() and time.monotonic() < deadline:
+        while not self._confirmed and not self._over.is_set() and time.monotonic() < deadline:
             with suppress(ChatError, *WRONG_SHAPE):
-                self._stopped = self.turn.stop() or (self._pausing and self.turn.is_in_history())
+                self._confirmed = self.turn.stop() or (self._pausing and self.turn.is_in_history())
             if self._pausing:  # no POST is on its way
                 break
             self._over.wait(0.1)
@@ -423,14 +423,14 @@ class StopByCtrlC:
 
         Raises KeyboardInterrupt if the retry could start a turn that the user has stopped.
         """
-        if self._stopped:  # a retry can only get the rest, and _asked would not wait
+        if self._confirmed:  # a retry can only get the rest, and _asked would not wait
             time.sleep(seconds)
             return
         self._pausing = True
         self._asked.wait(seconds)
         if self.pressed:
             self._asked.wait(STOP_TIME)
-            if not self._stopped:
+            if not self._confirmed:
                 raise KeyboardInterrupt
         self._pausing = False
 

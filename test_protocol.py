@@ -915,7 +915,7 @@ core, sessions, strict = pytest.mark.core, pytest.mark.sessions, pytest.mark.str
 class Stream:
     """The answer to a POST /chat/stream or a GET …/stream: its head is checked, its lines are read when asked for."""
 
-    is_strict = True
+    is_strict = True        # false at the other levels of another server
 
     def __init__(self, connection, pace, connection_field="keep-alive", coding="chunked"):
         self.connection, self.pace = connection, pace
@@ -1220,12 +1220,11 @@ def cases(table):
 def level(request):
     """Another server is held to the levels core and sessions, or to what `-m` asks for."""
     if OUTSIDE:
-        asked = request.config.getoption("markexpr")
         levels = {mark.name for mark in request.node.iter_markers()} & {"core", "sessions", "strict"}
-        Stream.is_strict = "strict" in asked
+        Stream.is_strict = "strict" in levels
         if not levels:
             pytest.skip("is about this project's own server and clients")
-        if levels == {"strict"} and not asked:
+        if levels == {"strict"} and not request.config.getoption("markexpr"):
             pytest.skip("is strict: choose it by -m strict")
 
 
@@ -4889,12 +4888,30 @@ class TestModelsOfYourOwn:
             assert server.chat("Hi").check().text == "True"
 
     @waits
-    def test_a_client_that_left_before_the_first_line_does_not_keep_its_turn_from_running(self, serve):
-        server = serve(*BRISK)
-        connection = server.connect()
-        connection.send(chat_request({"message": "Hi", "session_id": "s", "turn_id": "t"}))
-        connection.abort()
-        assert wait_until(lambda: server.get("/health")["successful_requests"] == 1)
+    def test_the_model_is_asked_even_if_session_info_could_not_be_sent(self, serve):
+        breaking = """if True:
+            import streamchat_server
+
+            def broken_send(handler, data):
+                raise ConnectionResetError
+
+            def model(history):
+                yield "Hi"
+
+            write_stream = streamchat_server.Handler.write_stream
+
+            def write_nothing(handler, stream):
+                handler.send = broken_send.__get__(handler)
+                write_stream(handler, stream)
+
+            streamchat_server.Handler.write_stream = write_nothing
+            """
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "breaking.py").write_text(breaking)
+            server = serve("--model", "breaking:model", PYTHONPATH=folder)
+            with pytest.raises(Cut):
+                server.chat("Hi", session_id="s")
+            assert wait_until(lambda: server.history("s") == [("user", "Hi"), ("model", "Hi")])
 
     @waits
     def test_the_readmes_model_streams_from_a_local_server(self, serve):
@@ -5196,7 +5213,7 @@ def chat_in_python(url, count, folder):
         try:
             for text in program.chat(TEXT, session):
                 shown += text
-        except RuntimeError as error:
+        except Exception as error:
             said = f"Refused: {error}"
         turns.append(Shown(session, shown, said, pauses))
     return turns
@@ -5351,6 +5368,11 @@ class TestExampleClients:
             assert turn.said in ('Refused: {"detail":"x"}', "Refused: No such luck.")
             assert len(proxy.requests) == 1
 
+    @pytest.mark.parametrize("line", [b"<html>", b"null", b"[1]", b"1"])
+    def test_a_line_of_another_protocol_is_final(self, chat, tmp_path, line):
+        with Proxy(None, [Fault(instead=b"HTTP/1.1 200 OK\r\n\r\n" + line + b"\n")]) as proxy:
+            assert chat(proxy.url, 1, tmp_path)[0].said and len(proxy.requests) == 1
+
     def test_a_turn_that_was_stopped_is_told_from_a_whole_answer(self, instant, chat, tmp_path):
         with Proxy(instant.address, [Fault(instead=CANCELLED)]) as proxy:
             assert chat(proxy.url, 1, tmp_path)[0].text == " [cancelled]"
@@ -5362,7 +5384,7 @@ class TestExampleClients:
             assert chat(proxy.url, 1, tmp_path)[0].text == "".join(WORDS)
 
     def test_missing_lines_are_a_cut(self, instant, chat, tmp_path):
-        for events in ([INFO, CHUNKS[1]], [INFO, COMPLETE]):
+        for events in ([INFO, CHUNKS[1], line_of("complete", finish_reason="stop", total_chunks=0)], [INFO, COMPLETE]):
             lines = Fault(instead=b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(events))
             with Proxy(instant.address, [lines]) as proxy:
                 self.whole(chat, instant, proxy, tmp_path)
@@ -6816,6 +6838,19 @@ class TestTerminalClientStops:
             chat.wait_for_prompt()
             assert any(line.startswith("GET /sessions/") and "/stream?after=" in line for line in proxy.requests)
             assert restarted.get("/health")["total_requests"] == 0
+
+    @waits
+    def test_the_turn_of_another_client_is_not_taken_for_the_stopped_one(self, serve):
+        server = serve(*CALM)
+        with Proxy(server.address, [Fault(stall=900)]) as proxy, \
+                chatting(proxy.url, "--session", session := new_id(), changes="client.STALL_TIME = 4") as chat:
+            chat.type(LONG + "\r")
+            chat.wait("You said: word")
+            chat.type(CTRL_C)
+            assert wait_until(lambda: not server.stats()["streams"])
+            server.turn("another message", session_id=session)
+            chat.wait("has lost the stopped turn")
+            assert "another message" not in chat.plain
 
     @waits
     def test_while_the_server_answers_nothing_at_all(self, serve):

@@ -20,7 +20,7 @@ The answer to a message is a stream of lines. Each line is an event, a JSON obje
     complete        the answer is whole and in the history               last, or
     error           the turn failed; `retryable` tells whether to retry
 
-Only `complete` and `error` end an answer; a lost connection does not. The client chooses the ids of the
+Only `complete` and `error` end a turn; a lost connection does not. The client chooses the ids of the
 session and the turn before it sends a message, so it may send the same POST again:
 
     POST /sessions/{session_id}/stream ──► lines ──► complete, or an error that is not retryable
@@ -28,9 +28,9 @@ session and the turn before it sends a message, so it may send the same POST aga
       └──────────────── pause ◄──────────────┘  no connection, a cut, 30 s of silence,
                                                 408, 429, 502, 503, 504, a retryable error
 
-The server keeps the lines of a turn, and then sends them again from the first. If the session_info line has
-the same bytes as before, it is the same run of the turn, and the client skips the chunks that it has.
-Otherwise the turn was run again, and the client drops the text of the earlier run.
+The server keeps the log of a turn, which is all its lines, and sends it again from the first line. If the
+session_info line has the same bytes as before, it is the same run of the turn, and the client skips the
+chunks that it has. Otherwise the turn was run again, and the client drops the text of the earlier run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from uuid import uuid4
 # ---- limits ------------------------------------------------------------------------------------------------
 
 SILENCE = 30  # seconds without a byte of a stream: the server sends a ping at least every 15 s
-REPLY_TIME = 10  # seconds without a connection, or without a byte of any other answer
+REPLY_TIME = 10  # seconds without a connection, or without a byte of any other response
 STOP_TIME = 3  # seconds in which the server must confirm a stop, since the user waits
 STALL_TIME = 1  # seconds after that in which the server must end the stream
 RETRIES = 8  # the count begins again when the answer grows
@@ -83,8 +83,8 @@ class ChatError(Exception):
     """A request or a turn failed. The text is a sentence for a person.
 
     `code` is the server's, or "unreachable" (no connection), "cut" (a lost connection), "unexpected" (not
-    this protocol). `status` is the HTTP status, 0 if none came. `retryable` tells whether the same request
-    may work later, after `retry_after` seconds at the earliest.
+    this protocol), "lost" (the server no longer has a stopped turn). `status` is the HTTP status, 0 if none
+    came. `retryable` tells whether the same request may work later, after `retry_after` seconds or more.
     """
 
     def __init__(self, text: str, code: str = "", retryable: bool = False,
@@ -99,7 +99,7 @@ def unexpected() -> ChatError:
 
 
 def lost(error: Exception) -> ChatError:
-    """The error for an exception that ended a connection."""
+    """The error for an exception during a request: a cut, or an answer outside this protocol."""
     if isinstance(error, TimeoutError):
         return ChatError("The server was silent for too long.", "cut", retryable=True)
     half_a_line = isinstance(error, http.BadStatusLine) and not str(error).endswith("\n")
@@ -133,7 +133,7 @@ def seconds_of(retry_after: str) -> float:
     return 0
 
 
-# ---- wire: bytes become lines, and lines become events. Nothing here depends on sessions and retries. ------
+# ---- wire: bytes become lines, and lines become events. Nothing here depends on sessions or retries. -------
 
 
 def read_line(response: http.HTTPResponse) -> bytes:
@@ -159,7 +159,7 @@ def event_of(line: bytes) -> Event:
 
 
 def read_json(response: http.HTTPResponse) -> dict[str, Any]:
-    """The JSON object in a body. Raises IncompleteRead for a cut, ChatError or ValueError for other JSON."""
+    """The JSON object in a body. Raises IncompleteRead for a cut, otherwise ChatError or ValueError."""
     body = response.read()
     if not body and not response.chunked and response.length is None:  # a head that was cut
         raise http.IncompleteRead(body)
@@ -175,7 +175,7 @@ def read_json(response: http.HTTPResponse) -> dict[str, Any]:
 class Api:
     """A server of streamable HTTP chat. Each request has a connection of its own.
 
-    Every method raises ChatError. The dicts and lists are the server's JSON; their fields are not checked.
+    Every method may raise ChatError. The dicts and lists are the server's JSON; their fields are not checked.
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None) -> None:
@@ -192,7 +192,7 @@ class Api:
             self._headers["Authorization"] = f"Bearer {token}"
 
     def chat(self, message: str, session_id: str = "", turn_id: str = "") -> Iterator[Event]:
-        """Send a message, and yield each event of its turn once, up to `complete`, whatever is lost.
+        """Send a message, and yield each event of its turn once, up to `complete`, through all cuts.
 
         A second `session_info` means that the turn was run again: drop the text that came before it.
         """
@@ -205,8 +205,7 @@ class Api:
 
     def new_session(self, session_id: str | None = None, model_id: str | None = None) -> dict[str, Any]:
         """Create a session. An id that is taken raises ChatError ("session_exists")."""
-        body = {"session_id": session_id or str(uuid4()), "model_id": model_id}
-        return self._ask("POST", "/sessions/new", body)
+        return self._ask("POST", "/sessions/new", {"session_id": session_id, "model_id": model_id})
 
     def sessions(self) -> list[dict[str, Any]]:
         """All sessions, last active first."""
@@ -225,7 +224,7 @@ class Api:
         self._ask("DELETE", path_of(session_id))
 
     def health(self) -> dict[str, Any]:
-        """Whether the server is alive, and what it does. Needs no token."""
+        """The server's status and counters. Needs no token."""
         return self._ask("GET", "/health")
 
     def stats(self) -> dict[str, Any]:
@@ -262,7 +261,7 @@ class Api:
                     if response.status != 200:
                         raise refused(response)
                     yield response
-        except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # a huge length
+        except (OSError, http.HTTPException, *WRONG_SHAPE, MemoryError) as error:  # MemoryError: huge length
             raise lost(error) from error
 
 
@@ -282,7 +281,7 @@ class Turn:
         self.session_id, self.turn_id = session_id or str(uuid4()), turn_id or str(uuid4())
         self.sent = False  # the server may know of this turn
         self.stopped = False  # the server has confirmed a stop
-        self.coding = "none"  # the transfer coding of the answer
+        self.coding = "none"  # the transfer coding of the last response
         self.line = b""  # the bytes of the last event
         self.chunks = 0  # the numbers 1 to this have come
         self._seen: set[bytes] = set()  # the lines of other events
@@ -290,7 +289,7 @@ class Turn:
 
     def run(self, wait: Callable[[ChatError, int, float], None] =
             lambda error, retry, seconds: time.sleep(seconds)) -> Iterator[Event]:
-        """Send the turn, again after each transient failure. Yields each event once.
+        """Send the turn, and send it again after each transient failure. Yields each event once.
 
         Ends after `complete`; any other end raises ChatError. Before each retry it calls `wait` with the
         error, the number of the retry and the seconds to wait.
@@ -335,7 +334,7 @@ class Turn:
                 yield event_of(self.line)
 
     def _accept(self, event: Event) -> bool:
-        """Note an event. Returns whether it is new. Raises ChatError if chunks are missing before it."""
+        """Note an event. Returns whether it is new. Raises ChatError for a gap, or for another turn."""
         kind = event["type"]
         is_gap = kind == "chunk" and event["chunk_number"] > self.chunks + 1
         is_short = kind == "complete" and event.get("total_chunks", self.chunks) != self.chunks
@@ -368,7 +367,7 @@ class Turn:
     def disconnect(self) -> None:
         """End the connection from another thread, to wake the thread that reads."""
         with suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # that of TLS is not for threads
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # an SSLSocket's own is not thread-safe
 
 
 # ---- Ctrl-C: the server ends the turn, and the answer ends as it always does -------------------------------
@@ -385,7 +384,7 @@ class StopByCtrlC:
         self.pressed = False
         self._confirmed = False  # the server has confirmed the end of the turn
         self._pausing = False  # the main thread pauses before a retry
-        self._asked = threading.Event()  # the server has confirmed the stop, or will not
+        self._asked = threading.Event()  # the stop is confirmed, or was given up
         self._over = threading.Event()
 
     def __enter__(self) -> None:
@@ -404,7 +403,7 @@ class StopByCtrlC:
         threading.Thread(target=self._stop, daemon=True).start()
 
     def _stop(self) -> None:
-        """Ask the server until it has stopped the turn: a stop that overtakes its POST has no effect."""
+        """Ask the server until it has stopped the turn: a stop that arrives before its POST has no effect."""
         deadline = time.monotonic() + STOP_TIME
         while not self._confirmed and not self._over.is_set() and time.monotonic() < deadline:
             with suppress(ChatError, *WRONG_SHAPE):
@@ -469,7 +468,7 @@ def terminal_width() -> int:
     return 80
 
 
-class Page:
+class Wrapper:
     """A text that grows on the screen, with line breaks between words, and between CJK characters."""
 
     def __init__(self, width: int) -> None:
@@ -478,14 +477,14 @@ class Page:
         self._word = ""  # the last word, which may still grow
 
     def add(self, text: str) -> str:
-        """What to write for the next part of the text."""
+        """The characters to write for the next part of the text."""
         parts = PARTS.findall(self._word + escape(text))
         is_open = parts and not parts[-1].isspace() and columns(parts[-1]) < self.width
         self._word = parts.pop() if is_open else ""
         return "".join(map(self._place, parts))
 
     def end(self) -> str:
-        """What to write so that something else may follow on a new line."""
+        """The characters to write so that something else may follow on a new line."""
         return self.add("\n") if self._column or self._word else ""
 
     def _place(self, part: str) -> str:
@@ -505,7 +504,7 @@ class Page:
 
 def wrap(text: str, width: int) -> str:
     """The whole text in lines of so many columns."""
-    return Page(width).add(text + "\n").removesuffix("\n")
+    return Wrapper(width).add(text + "\n").removesuffix("\n")
 
 
 def fit(text: str, width: int, filler: str = " ") -> str:
@@ -516,7 +515,7 @@ def fit(text: str, width: int, filler: str = " ") -> str:
 
 
 def show_box(title: str, rows: dict[str, Any] | list[str], colour: str = "") -> None:
-    """Lines for a person, with a title in the upper edge."""
+    """Print rows in a box, with a title in its upper edge."""
     width = min(BOX_WIDTH, terminal_width() - 2)
     print("\n" + paint(colour, f"┌{fit(f'─ {title} ', width, '─')}┐"))
     for row in rows if isinstance(rows, list) else [f"{name}: {value}" for name, value in rows.items()]:
@@ -555,14 +554,14 @@ def write(text: str) -> None:
 
 
 def say(text: str, colour: str = "") -> None:
-    """Sentences for a person. A curl command has a line of its own, so that it can be copied."""
+    """Print sentences for a person. A curl command gets a line of its own, so that it can be copied."""
     sentence, *commands = re.split("(?=curl (?:-|http))", text, maxsplit=1)
     lines = [wrap(sentence, terminal_width() - 1), *map(escape, commands)]
     write(paint(colour, "\n".join(lines)) + "\n")
 
 
 def complain(text: str) -> None:
-    """A line in standard error."""
+    """Print a line to standard error."""
     try:
         print(one_line(text), file=sys.stderr, flush=True)
     except OSError:  # the other end is closed
@@ -581,7 +580,7 @@ PASTE_TIME = 5  # seconds without a byte, after which a paste counts as ended wi
 KEY_TIME = 0.05  # seconds without a byte, after which no key is on its way
 PASTE = re.compile(rb"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", re.DOTALL)  # as terminals mark it
 ACTS = re.compile(rb"\x1b\[(20[01])~|[\x03\x1a\x1c]")  # a mark of a paste, Ctrl-C, Ctrl-Z or Ctrl-\
-KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)  # of an arrow, for example
+KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)", re.DOTALL)  # of an arrow, for example
 NOT_HANDLED = {  # signals that are not fatal, and those that Python cannot handle
     "SIGCHLD", "SIGCONT", "SIGINFO", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH",
     "SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL",
@@ -596,7 +595,7 @@ class Keyboard:
     """
 
     def __init__(self) -> None:
-        self._prompt = ""  # what stands before the user's line, while they write it
+        self._prompt = ""  # the text before the user's line, while they write it
         self._typed = bytearray()  # during an answer
         self._listener = threading.Thread()
         self._is_due = threading.Event()  # the listener must end: there will be a prompt
@@ -624,7 +623,7 @@ class Keyboard:
         self._take_terminal()
 
     def _take_terminal(self) -> None:
-        """When a signal ends or suspends the program, the terminal is as it was found."""
+        """Note the terminal's modes. A signal that ends or suspends the program gives them back first."""
         await_terminal()
         termios = self._termios
         self._found = termios.tcgetattr(sys.stdin)
@@ -636,7 +635,7 @@ class Keyboard:
                 signal.signal(number, self._give_way)
 
     def _set(self, modes: Any) -> Any:
-        """Set the modes of the terminal. Return those it had. In all but `_found` it marks pastes."""
+        """Set the modes of the terminal. Return those it had. In all modes but `_found`, it marks pastes."""
         before = modes
         with suppress(OSError, self._termios.error):  # the terminal was closed
             before = self._termios.tcgetattr(sys.stdin)
@@ -659,7 +658,7 @@ class Keyboard:
             signal.raise_signal(number)
             time.sleep(KEY_TIME)  # in which another signal may end the program
             await_terminal()
-        finally:  # Ctrl-C may have come meanwhile
+        finally:  # Ctrl-C may have come in the meantime
             signal.signal(number, self._give_way)
             self._set(modes)
         if self._prompt:
@@ -735,7 +734,7 @@ class Keyboard:
         return text
 
     def line(self) -> str:
-        """What was in the line when the user pressed Ctrl-C."""
+        """The user's line, as it was when they pressed Ctrl-C."""
         return self._readline.get_line_buffer() if self._readline else ""
 
     def _complete(self, text: str, state: int) -> str | None:
@@ -751,7 +750,7 @@ def in_background() -> bool:
 
 
 def await_terminal() -> None:
-    """In the background, stop until `fg`, as all programs do that need the terminal."""
+    """While the program is in the background, suspend it until `fg`."""
     while in_background():
         signal.raise_signal(signal.SIGTTOU)
         time.sleep(KEY_TIME)  # the signal may be ignored
@@ -792,8 +791,8 @@ class Answer:
         self.error: ChatError | None = None
         self.ctrl_c = StopByCtrlC(turn)
         self.started = self.ended = time.monotonic()
-        self.page = Page(terminal_width() - 1)
-        self.rule = "─" * min(BOX_WIDTH - 2, self.page.width)  # above and below the text
+        self.wrapper = Wrapper(terminal_width() - 1)
+        self.rule = "─" * min(BOX_WIDTH - 2, self.wrapper.width)  # above and below the text
         self.opened = False  # the line above the text is on the screen
         self.last_character = ""
 
@@ -837,7 +836,7 @@ class Answer:
     def note(self, sentence: str, colour: str = "33") -> None:
         """Say something about the answer: on a line of its own, or to standard error."""
         if self.show is show_screen:
-            write(self.page.end())
+            write(self.wrapper.end())
             say(sentence, colour)
         else:
             complain(sentence)
@@ -864,7 +863,7 @@ def show_text(answer: Answer, event: Event) -> None:
 
 
 def show_screen(answer: Answer, event: Event) -> None:
-    """The text between two rules. Another run of the turn begins between two new ones."""
+    """The text below a rule. Another run of the turn begins below a new rule."""
     if event["type"] == "session_info":
         answer.opened = False
     elif event["type"] == "status":
@@ -875,14 +874,14 @@ def show_screen(answer: Answer, event: Event) -> None:
             answer.opened = True
             place = f"{short(answer.turn.session_id)} - {one_line(answer.model)}"
             say(f"\n🤖 AI Response (HTTP Streaming) ({place})\n{answer.rule}", "36")
-        write(answer.page.add(event["text"]))
+        write(answer.wrapper.add(event["text"]))
 
 
 def show_end(answer: Answer) -> None:
     """Show how the answer ended: the rule, a box with numbers, and a sentence where it helps."""
     error, reason = answer.error, answer.finish_reason
     if answer.show is show_screen:
-        write(answer.page.end())
+        write(answer.wrapper.end())
         if answer.opened:
             say(answer.rule, "36")
         if answer.turn.sent or error:
@@ -999,7 +998,7 @@ class Client:
             self.run(Turn(self.api, turn["message"], session_id, turn["turn_id"]), is_mine=False)
 
     def prompt(self) -> str:
-        """What stands before the user's line."""
+        """The text before the user's line."""
         return f"You [{short(self.session_id)}] › " if self.known else "You › "
 
     def do_help(self) -> None:
@@ -1123,7 +1122,7 @@ class Client:
             write(wrap(message["text"], terminal_width() - 1) + "\n")
 
     def do_retry(self) -> None:
-        """Send a message that failed again"""
+        """Send a failed message again"""
         if not self.last or self.last.finish_reason:
             raise ChatError("There is nothing to send again: no message has failed.")
         turn = self.last.turn
@@ -1153,7 +1152,7 @@ FORMS: dict[str, Callable[[Any], str]] = {  # of the fields that need one
 
 
 def show_report(title: str, told: dict[str, Any]) -> None:
-    """A box with what the server says of itself or of a session."""
+    """Print the server's report on itself or on a session as a box."""
     rows = {name: FORMS.get(field, str)(told[field]) for name, field in REPORT.items() if field in told}
     if not rows:
         raise unexpected()
@@ -1168,7 +1167,7 @@ def open_page(url: str, name: str) -> None:
 
 
 def run_command(client: Client, line: str) -> None:
-    """Run a command. The beginning of its name is enough, if only one command begins so. Raises ChatError."""
+    """Run a command. A unique beginning of its name is enough. Raises ChatError."""
     name, *arguments = line.strip().split(maxsplit=1)
     found = [name] if name in COMMANDS else [command for command in COMMANDS if command.startswith(name)]
     if len(found) != 1:
@@ -1260,7 +1259,7 @@ def interact(api: Api, session_id: str | None) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What the command line says, with an Api. No `message` means a chat. Wrong arguments exit with 2."""
+    """The arguments, with an Api. No `message` means a chat. Wrong arguments exit with 2."""
     parser = argparse.ArgumentParser(description="Chat over streamable HTTP, at a terminal or in a script.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (%(default)s)")
     parser.add_argument("--session", metavar="ID", help="go on with this session, or begin it")

@@ -165,7 +165,7 @@ class Failure(Exception):
 
 
 class Finish(NamedTuple):
-    """How a turn completed: a finish_reason, `usage` if the model reports it, and its own word for it."""
+    """How a turn completed: a finish_reason, `usage` if the model tells, and the model's finish reason."""
 
     reason: str
     usage: dict[str, int] | None = None
@@ -250,7 +250,7 @@ class Turn:
         self.pending: deque[tuple[int, str]] = deque()  # moments and texts of the chunks that are not due
         self.first_due: int | None = None  # the moment of the first chunk
         self.last_due = self.began - self.delay  # and of the last; so the first one is due at once
-        self.heard = self.began  # the model's last sign of life
+        self.heard = self.began  # when the model's last piece came
         self.asked = False  # whether the model has been asked
         self.pieces: Any = None  # the model's iterator, while it runs
         self.outcome: Any = None  # how the model ended, once it is done
@@ -274,7 +274,7 @@ class Turn:
                 self.changed.notify_all()
 
     def ask(self) -> None:
-        """Ask the model, once. The first reader calls this when session_info has left."""
+        """Ask the model, once. Every reader calls this when session_info has left; the first call counts."""
         with self.changed:
             is_first, self.asked = not self.asked, True
         if is_first:
@@ -463,7 +463,7 @@ class Sessions:
         """A new session. Raises Refused: session_exists, overloaded."""
         now = wall_clock()
         session = Session(session_id, model, now, now)
-        with self.alone(session_id), self.alone("new"):  # no session is called new: one thread counts them
+        with self.alone(session_id), self.alone("new"):  # one thread at a time counts; "new" is no id
             if session_id in self.sessions:
                 raise Refused("session_exists", f"The session {session_id} exists. Choose another id.")
             if len(self.sessions) >= LIMITS["sessions"]:
@@ -511,9 +511,9 @@ class Sessions:
             self.end(turn, Failure("internal_error"))
 
     def _run(self, turn: Turn) -> None:
-        """Run the session's model into the turn, in a thread of its own."""
+        """The thread of a turn: run the model, wait for the pace, and end the turn."""
         try:
-            outcome = run_model(turn, self.settings.chunk_words)
+            outcome = run_model(turn)
             turn.wait_for_pace(outcome)
             self.end(turn, outcome)
         finally:
@@ -590,7 +590,7 @@ class Sessions:
                     del self.sessions[session_id]
 
     def sweep(self) -> None:
-        """Ten times a second, end turns without a reader, and those whose model is silent.
+        """Look after the running turns, ten times a second.
 
         In a thread of its own, because end() waits for the disk.
         """
@@ -627,10 +627,10 @@ class Sessions:
 # The iterator may have a close(). Only the models in this file can end it with a Finish, or raise Failure.
 
 Model = Callable[[list[Message]], Iterable[Any]]
-FUNCTIONS: dict[str, Model] = {}  # MODULE:FUNCTION of the command line
+FUNCTIONS: dict[str, Model] = {}  # the MODULE:FUNCTION that this server was started with
 
 
-def run_model(turn: Turn, words: int) -> Outcome:
+def run_model(turn: Turn) -> Outcome:
     """Run the session's model into a turn until it is done or the turn ends. Returns how the model ended.
 
     An answer without any text is a failure.
@@ -644,7 +644,7 @@ def run_model(turn: Turn, words: int) -> Outcome:
                 if isinstance(piece, Finish):
                     finish = piece
                 else:
-                    turn.add(split(piece, words))
+                    turn.add(split(piece, turn.sessions.settings.chunk_words))
                 if turn.sealed:
                     break
         if turn.sealed:
@@ -654,7 +654,7 @@ def run_model(turn: Turn, words: int) -> Outcome:
         return failure
     except BaseException as error:  # sys.exit() in a model ends only its turn
         if not turn.sealed:
-            turn.sessions.console.trouble(error)  # as text: an error keeps what its model held
+            turn.sessions.console.trouble(error)
         return Failure("model_error")
     if turn.first_due:
         return finish
@@ -684,12 +684,12 @@ def call_model(model_id: str, history: list[Message]) -> Iterable[Any]:
     """The pieces of an answer. Raises Failure."""
     if model_id in FUNCTIONS:
         return FUNCTIONS[model_id](history)
-    if problem := model_problem(model_id):
-        raise Failure("model_not_found" if ":" in model_id else "model_auth", problem)
+    if trouble := model_trouble(model_id):
+        raise Failure("model_not_found" if ":" in model_id else "model_auth", trouble)
     return offline(history) if model_id == "offline" else GeminiAnswer(model_id, history)
 
 
-def model_problem(model_id: str) -> str | None:
+def model_trouble(model_id: str) -> str | None:
     """Why a model cannot be used here, as a sentence, or None. Does not load google-genai."""
     if model_id == "offline" or model_id in FUNCTIONS:
         return None
@@ -749,7 +749,7 @@ class GeminiAnswer:
     loop: Any = None
 
     def __init__(self, model_id: str, history: list[Message]) -> None:
-        import asyncio  # comes with google-genai, and takes as long to load as all the rest
+        import asyncio  # takes as long to load as all the rest; google-genai loads it, too
 
         with self.starting:
             if not self.loop:
@@ -829,7 +829,7 @@ def gemini_usage(found: Any) -> dict[str, int] | None:
 
 
 def gemini_failure(model_id: str, error: Any, at_setup: bool) -> Failure:
-    """What google-genai, its transport or Google's login raised, as the failure of a turn."""
+    """An exception of google-genai, its transport or Google's login, as the failure of a turn."""
     name, text, kinds = type(error).__name__, without_keys(str(error)), ""
     cause: BaseException | None = error
     while cause:
@@ -878,7 +878,7 @@ class DatabaseError(Exception):
 
 
 class Database:
-    """The file of --db. One server has it at a time; others may read it. Methods raise DatabaseError."""
+    """The file of --db. One server has it; other programs may read it. Methods raise DatabaseError."""
 
     def __init__(self, file: str) -> None:
         self.sqlite3 = import_module("sqlite3")  # not loaded without --db
@@ -944,7 +944,7 @@ class Database:
         return sessions
 
     def _write(self, *statements: tuple[str, tuple]) -> None:
-        """Execute them in one transaction, which is on disk when this returns."""
+        """Execute the statements in one transaction, which is on disk when this returns."""
         with self.lock:
             try:
                 with self.connection:
@@ -1025,8 +1025,7 @@ def box(title: str, rows: dict[str, str]) -> str:
 class Console:
     """Writes what happens: boxes at a terminal, otherwise a line of key=value for each event.
 
-    A thread of its own writes, so that a terminal that takes nothing (a full pipe, Ctrl-S) delays no turn.
-    If LIMITS["console"] texts wait, further ones are dropped.
+    A thread of its own writes, so that a terminal that is stuck (a full pipe, Ctrl-S) delays no turn.
     """
 
     def __init__(self, mode: str) -> None:
@@ -1049,7 +1048,7 @@ class Console:
         while item := self.queue.get():
             stream, text = item
             with suppress(OSError):  # nobody reads it any more
-                print(f"{text}\n", end="", file=stream, flush=True)  # one write, if others write there too
+                print(f"{text}\n", end="", file=stream, flush=True)  # one write: lines stay whole
 
     def close(self) -> None:
         """Return when all is written, or after two seconds."""
@@ -1174,8 +1173,7 @@ class Head:
         self.codings, self.length = self._parse_framing()
         self.has_body = bool(self.codings or self.length)
         self.closes = self.is_1_0 or "close" in self._list("connection")  # section 9.6
-        expects = "100-continue" in self._list("expect")  # RFC 9110, section 10.1.1
-        self.expects_continue = expects and self.length > 0 and not self.is_1_0
+        self.expects_continue = "100-continue" in self._list("expect") and not self.is_1_0  # RFC 9110, 10.1.1
 
     def _parse_fields(self, rows: list[str]) -> dict[str, str]:
         """Names in lower case and values (section 5). Values of a repeated name are joined by a comma."""
@@ -1209,7 +1207,7 @@ class Head:
                 raise Refused("bad_request", "Send the body with Content-Length, without Transfer-Encoding.")
         if not re.fullmatch("[0-9]+", length):  # two fields are joined by a comma
             raise Refused("bad_request", "Send one Content-Length, a number in digits.")
-        return codings, int(length.lstrip("0")[:18] or "0")  # 18 digits are far too many bytes, too
+        return codings, int(length.lstrip("0")[:18] or "0")  # over the limit, too; int() refuses 4,301 digits
 
     def _list(self, name: str) -> list[str]:
         """The elements of a field that is a list (RFC 9110, section 5.6.1), in lower case."""
@@ -1251,7 +1249,7 @@ class Head:
             raise Refused("unauthorized", "Send Authorization: Bearer TOKEN, with this server's token.")
 
     def check_body(self, takes_json: bool, curl: Callable[[Head], str]) -> None:
-        """What the head says of a body that this server does not read."""
+        """Refuse a body that this server does not read: its coding, its size, its type."""
         if len(self.codings) > 1:
             coding = self.codings[0][:80]
             raise Refused("not_implemented", f"The coding {coding} is not known. Send the plain body.")
@@ -1296,10 +1294,8 @@ def find_head(received: bytearray, checked: int) -> tuple[Head, int] | None:
 def host_name(host: str) -> str:
     """The name or address in a Host (RFC 3986, section 3.2.2), in lower case; empty if it is malformed."""
     match = HOST.fullmatch(host)
-    if match and match[2]:
-        return match[2].lower()
-    with suppress(ValueError):
-        return str(IPv6Address(match[1])) if match else ""
+    with suppress(ValueError):  # not an IPv6 address
+        return (match[2] or str(IPv6Address(match[1]))).lower() if match else ""
     return ""
 
 
@@ -1352,7 +1348,7 @@ class Reply(NamedTuple):
     """An answer whose length is known."""
 
     status: int
-    headers: dict[str, str] = {}
+    headers: dict[str, str]
     body: bytes = b""
 
 
@@ -1391,10 +1387,9 @@ class Endpoints(BaseRequestHandler):
             raise Refused("invalid_field", f"The path names the session {in_path}, and the body {in_body}.")
         if turn_id and not session_id:
             raise Refused("invalid_field", "turn_id needs a session_id: it names a turn of one session.")
+        session_id = session_id or str(uuid.uuid4())
         try:
-            session_id = session_id or str(uuid.uuid4())
-            turn = self.sessions.begin(message, session_id, turn_id, self.client_address[0])
-            return turn.follow(0)
+            return self.sessions.begin(message, session_id, turn_id, self.client_address[0]).follow(0)
         except Refused as refused:
             if refused.code == "session_busy":
                 curl = self.server.curl(self.head)
@@ -1420,11 +1415,9 @@ class Endpoints(BaseRequestHandler):
 
     def new_session(self) -> Reply:
         session_id = check_id("session_id", self.fields.get("session_id"))
-        model = check_id("model_id", self.fields.get("model_id"), MODEL_ID)
-        trouble = model and model_problem(model)
-        if trouble:
+        model = check_id("model_id", self.fields.get("model_id"), MODEL_ID) or self.server.settings.model
+        if trouble := model_trouble(model):
             raise Refused("invalid_field", trouble)
-        model = model or self.server.settings.model
         session = self.sessions.create(session_id or str(uuid.uuid4()), model)
         return reply_json({"session_id": session.session_id, "model": session.model,
                            "timestamp": stamp(session.created_at)})
@@ -1439,8 +1432,9 @@ class Endpoints(BaseRequestHandler):
         session = self.sessions.get(self.session_id)
         with self.sessions.lock:
             told, messages, turn = summary(session), session.messages(), session.latest
+            state = turn and turn.state  # a turn ends in one step
         latest = turn and {
-            "turn_id": turn.turn_id, "state": turn.state,
+            "turn_id": turn.turn_id, "state": state,
             "message": turn.message, "started": turn.started, "chunks": count_chunks(turn)}
         return reply_json({**told, "user_messages": len(messages) // 2, "model_messages": len(messages) // 2,
                            "session_duration_seconds": round(age(session), 3),
@@ -1457,7 +1451,7 @@ class Endpoints(BaseRequestHandler):
     def _health(self) -> dict[str, Any]:
         counts = self.sessions
         return {"status": "healthy", "model": self.server.settings.model,
-                "uptime_seconds": (clock() - self.server.started) // 1_000_000,
+                "uptime_seconds": (clock() - self.server.began) // 1_000_000,
                 "total_requests": counts.successful + counts.failed + len(counts.running),
                 "successful_requests": counts.successful, "failed_requests": counts.failed,
                 "active_sessions": len(counts.sessions), "streaming_connections": len(self.server.streaming)}
@@ -1517,7 +1511,7 @@ class Endpoints(BaseRequestHandler):
     docs = demo
 
     def options(self) -> Reply:
-        """What the path takes, and for an allowed page what it may send (Fetch Standard, 3.3)."""
+        """The methods of the path, and the fields that an allowed page may send (Fetch Standard, 3.3)."""
         preflight = {"Access-Control-Allow-Methods": self.allow, "Access-Control-Max-Age": "600",
                      "Access-Control-Allow-Headers": "Authorization, Content-Type"}
         return Reply(204, {"Allow": self.allow, **(preflight if self.cors else {})})
@@ -1530,7 +1524,7 @@ class Endpoints(BaseRequestHandler):
 
 
 def summary(session: Session) -> dict[str, Any]:
-    """What GET /sessions and GET /sessions/{session_id} both tell."""
+    """The fields that GET /sessions and GET /sessions/{session_id} share."""
     return {"session_id": session.session_id, "model": session.model,
             "message_count": 2 * len(session.history), "created_at": stamp(session.created_at),
             "last_activity": stamp(session.last_activity), "streaming": session.running_turn() is not None}
@@ -1552,7 +1546,7 @@ def age(session: Session) -> float:
 TEXT, FLAG, COUNT = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0}
 TIME = {"type": "string", "format": "date-time"}
 IDENTIFIER = {"type": "string", "pattern": f"^{ID}$"}
-TURN_ID = {"type": ["string", "null"], "pattern": f"^{ID}$"}
+TURN_ID = {**IDENTIFIER, "type": ["string", "null"]}
 SESSION_ID = {**TURN_ID, "not": {"const": "new"}}
 MODEL = {**TURN_ID, "pattern": f"^{MODEL_ID}$"}
 MESSAGE = {"type": "string", "maxLength": LIMITS["message"], "pattern": r"\S", "examples": ["Hello!"]}
@@ -1566,9 +1560,8 @@ def schema(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": required}
 
 
-CHAT = {**schema(message=MESSAGE, session_id=SESSION_ID, turn_id=TURN_ID),
-        "dependentRequired": {"turn_id": ["session_id"]}}
 SESSION_CHAT = schema(message=MESSAGE, session_id=SESSION_ID, turn_id=TURN_ID)
+CHAT = {**SESSION_CHAT, "dependentRequired": {"turn_id": ["session_id"]}}
 
 NDJSON = "application/x-ndjson"
 NOW = "2026-11-24T10:00:00.123456+00:00"
@@ -1745,7 +1738,7 @@ class Handler(Endpoints):
 
     def setup(self) -> None:
         self.sessions = self.server.sessions
-        self.received = bytearray()  # and not yet read as a request
+        self.received = bytearray()  # bytes that are not yet read as a request
         self.patience = 0  # seconds: the time-out of the socket
         self.head, self.cors = None, {}
         self.closes = False  # the connection ends after this answer
@@ -1899,7 +1892,7 @@ class Handler(Endpoints):
                 progress = time.monotonic()
             except (BlockingIOError, TimeoutError):  # a second is over
                 if time.monotonic() - progress >= LIMITS["send"]:
-                    raise TimeoutError("no progress") from None
+                    raise TimeoutError from None
 
     def linger(self) -> None:
         """Read on: if a socket is closed with unread bytes, the client may lose the answer (section 9.6)."""
@@ -1912,12 +1905,10 @@ class Handler(Endpoints):
 class Server(ThreadingHTTPServer):
     """A server that listens. serve_forever() serves."""
 
-    daemon_threads = True
-
     def __init__(self, listening: socket.socket, settings: argparse.Namespace,
                  database: Database | None) -> None:
-        self.settings, self.database = settings, database
-        self.start_time, self.started = wall_clock(), clock()
+        self.settings = settings
+        self.start_time, self.began = wall_clock(), clock()
         self.routes = [route for route in ROUTES if settings.debug or route.name != "debug"]
         self.paths: Paths = {}
         for route in self.routes:
@@ -1975,8 +1966,8 @@ class Server(ThreadingHTTPServer):
         wait_until(lambda: len(self.connections - self.idle) <= len(self.streaming), 1)
         self.sessions.close()
         wait_until(lambda: not self.connections - self.idle, 1)
-        if self.database:
-            self.database.close()
+        if self.sessions.database:
+            self.sessions.database.close()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -1990,7 +1981,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def look() -> list:
-    """What tells one version of the program and the page from another."""
+    """Name, time and size of the program and the page. They differ when one of them was changed."""
     found: list = []
     for path in (PROGRAM, PAGE):
         with suppress(OSError):  # it is missing while an editor saves it
@@ -1999,7 +1990,7 @@ def look() -> list:
 
 
 def new_program_starts() -> bool:
-    """Run the program as it is now, with the same flags, on trial. Its standard error is shown."""
+    """Whether the program as it is now starts with the same flags. Its standard error is shown."""
     import subprocess
 
     command, trial = [sys.executable, *sys.orig_argv[1:]], {"STREAMCHAT_RELOADED": '{"trial": true}'}
@@ -2054,7 +2045,8 @@ def parse_arguments() -> argparse.Namespace:
     for flag, kind, default, _, _, text in NUMBERS:
         option(flag, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     option("--db", metavar="FILE", help="keep sessions in this file, which is made if it is missing")
-    option("--reload", action="store_true", help="restart, with the sessions, when the program changes")
+    option("--reload", action="store_true",
+           help="restart, with the sessions, when the program or the page changes")
     option("--debug", action="store_true", help="serve /debug")
     option("--token", default=os.environ.get("STREAMCHAT_TOKEN") or None,
            help="serve only clients that send it as a bearer token (default: STREAMCHAT_TOKEN)")
@@ -2077,7 +2069,7 @@ def parse_arguments() -> argparse.Namespace:
     return settings
 
 
-def start_problem(settings: argparse.Namespace) -> str | None:
+def start_trouble(settings: argparse.Namespace) -> str | None:
     """Why the server must not start with these settings, as a sentence, or None."""
     module, colon, function = settings.model.partition(":")
     if colon:
@@ -2089,7 +2081,7 @@ def start_problem(settings: argparse.Namespace) -> str | None:
         except BaseException as error:  # sys.exit(), too
             why = traceback.format_exception_only(error)[-1].strip()
             return f"cannot import {settings.model} ({why}). Correct --model, or use --model offline."
-    if trouble := model_problem(settings.model):
+    if trouble := model_trouble(settings.model):
         return trouble
     if settings.reload and os.name == "nt":
         return "--reload is not supported on Windows."
@@ -2111,7 +2103,7 @@ def main() -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # in a locale without emoji
     reloaded = json.loads(os.environ.pop("STREAMCHAT_RELOADED", "{}"))
     settings = parse_arguments()
-    if trouble := start_problem(settings):
+    if trouble := start_trouble(settings):
         return fail(trouble)
     host, port = settings.host, settings.port
     if "trial" in reloaded:  # new_program_starts() asks
@@ -2219,7 +2211,7 @@ def greet(server: Server) -> None:
 
 def say_goodbye(server: Server) -> None:
     """Log the statistics."""
-    counts, seconds = server.sessions, (clock() - server.started) // 1_000_000
+    counts, seconds = server.sessions, (clock() - server.began) // 1_000_000
     ended = counts.successful + counts.failed
     server.console.log("server_stopped", {
         "Server Uptime": timedelta(seconds=seconds), "Total Requests": ended, "Successful": counts.successful,

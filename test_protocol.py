@@ -891,10 +891,11 @@ def visiting():
 
 
 @contextlib.contextmanager
-def clocked(delay=0.1, heartbeat=10, window=30):
+def clocked(delay=0.1, heartbeat=10, window=30, changes=""):
     """A fresh server with these clocks, in seconds: ours, or another one, by the command that its tester gives."""
     if not OUTSIDE:
-        with running("--chunk-delay", str(delay), "--heartbeat", str(heartbeat), "--resume-window", str(window)) as own:
+        flags = ("--chunk-delay", str(delay), "--heartbeat", str(heartbeat), "--resume-window", str(window))
+        with running(*flags, changes=changes) as own:
             yield own
         return
     command = os.environ.get("STREAMCHAT_START") or pytest.skip("needs STREAMCHAT_START")
@@ -990,44 +991,55 @@ def serve():
         yield serve
 
 
-# ---- The second lane: a thread with the tests that mostly wait, and those in the browser
+# ---- Lanes: threads for the tests that mostly wait, and for those in the browser
 
 BESIDE = {}         # these tests, by the functions that pytest calls in their turn
-LENDS = {"self", "own", "serve", "browser", "folder"}
+LENDS = {"self", "own", "serve", "fast", "instant", "browser", "tmp_path"}
 
 
 def beside(test):
-    """Let a test run in the second lane. It may ask for what LENDS has, and for parameters.
+    """Let a test run in a lane, beside the others. It may ask for what LENDS has, and for parameters.
 
     pytest judges it in its turn.
     """
     @ours
     @pytest.mark.usefixtures("level", *inspect.signature(test).parameters.keys() - LENDS)
-    def in_its_turn(self, request, second_lane):
-        second_lane[request.node].result()
+    def in_its_turn(self, request, lanes):
+        lanes[request.node].result()
     BESIDE[in_its_turn] = test
     return in_its_turn
 
 
 @pytest.fixture(scope="session", autouse=True)
-def second_lane(request):
-    """The futures of its tests, which run one after the other, in the order of this file."""
+def lanes(request):
+    """The futures of these tests. One lane has the browser; the other classes take turns in two more.
+
+    A lane runs its tests one after the other, and has servers of its own to share.
+    """
     def run(item, lend):
         test = BESIDE[item.function]
         wanted = inspect.signature(test).parameters
         given = item.callspec.params if hasattr(item, "callspec") else {}
         with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, fresh_servers() as serve,
               contextlib.ExitStack() as stack):
-            given = {**given, "self": item.instance, "serve": serve, "folder": Path(folder),
-                     "own": lambda *flags: lend(running, *flags)}
+            given = {**given, "self": item.instance, "serve": serve, "tmp_path": Path(folder),
+                     "own": lambda *flags, **more: lend(running, *flags, **more)}
+            for name in {"fast", "instant"} & wanted.keys():
+                given[name] = lend(running, *{"fast": ("--chunk-delay", "0"), "instant": INSTANT}[name])
             if "browser" in wanted:
                 given["browser"] = lend(Browser)
                 stack.enter_context(given["browser"].tab())
             test(**{name: given[name] for name in wanted})
 
     items = [item for item in request.session.items if item.function in BESIDE and not OUTSIDE]
-    with pool() as lend, ThreadPoolExecutor(1) as thread:
-        futures = {item: thread.submit(run, item, lend) for item in items}
+    classes = list(dict.fromkeys(item.cls for item in items))
+    with contextlib.ExitStack() as stack:
+        lent = [(stack.enter_context(pool()), stack.enter_context(ThreadPoolExecutor(1))) for _ in range(3)]
+        futures = {}
+        for item in items:
+            in_browser = "browser" in inspect.signature(BESIDE[item.function]).parameters
+            lend, thread = lent[0 if in_browser else 1 + classes.index(item.cls) % 2]
+            futures[item] = thread.submit(run, item, lend)
         yield futures
         for future in futures.values():     # where the session ends early
             future.cancel()
@@ -1454,7 +1466,8 @@ class TestTurnStates:
     @core
     def test_a_shutdown_gives_turns_5_seconds_refuses_new_ones_and_ends_with_0(self):
         """README, "Configuration"; of another server only that a turn gets its terminal event."""
-        with clocked(delay=0.02) as server:
+        shorter = "assert server.LIMITS['grace'] == 5\nserver.LIMITS['grace'] = 1.5"
+        with clocked(delay=0.02, changes=shorter) as server:
             session = new_id()
             readers = [server.chat(LONG, session_id=session), server.follow(session)]
             readers[0].read_until("chunk")
@@ -1465,7 +1478,7 @@ class TestTurnStates:
                 end = stream.check().end
                 assert end.get("code", end.get("finish_reason")) in ("server_shutdown", "stop")
             if not OUTSIDE:
-                assert end["code"] == "server_shutdown" and 4 < time.monotonic() - signalled < PATIENCE
+                assert end["code"] == "server_shutdown" and 1 < time.monotonic() - signalled < PATIENCE
                 assert server.process.wait(PATIENCE) == 0
 
     @sessions
@@ -2792,6 +2805,7 @@ class TestExampleClients:
         check_turns(server, [(turn.session, turn.answer) for turn in turns])
         return turns
 
+    @beside
     def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, instant, chat, tmp_path):
         cuts = places_to_cut(instant, 37)
         with Proxy(instant.address, [*cut_once(cuts), *BYTE_BY_BYTE]) as proxy:
@@ -2799,6 +2813,7 @@ class TestExampleClients:
             assert len(proxy.requests) == 2 * len(cuts) + 1
         assert not any("dropped" in turn.text for turn in turns)
 
+    @beside
     def test_another_run_drops_what_was_shown(self, instant, own, chat, tmp_path):
         restarted = own("--log", "off", *INSTANT)
         with restarting(instant, restarted) as proxy:
@@ -2806,12 +2821,14 @@ class TestExampleClients:
         again = r"You said.*\n\[The turn was run again\..*\]\n" + re.escape(turn.answer)
         assert re.fullmatch(again, turn.text, re.DOTALL)
 
+    @beside
     def test_a_transient_failure_is_retried(self, instant, chat, tmp_path):
         faults = [fault for _, failure in TRANSIENT for fault in (failure, Fault())]
         with Proxy(instant.address, faults) as proxy:
             self.whole(chat, instant, proxy, tmp_path, len(TRANSIENT))
             assert len(proxy.requests) == 2 * len(TRANSIENT)
 
+    @beside
     def test_any_other_failure_is_final_and_told(self, chat, tmp_path):
         with Proxy(None, [fault for _, fault, _ in FINAL]) as proxy:
             turns = chat(proxy.url, len(FINAL), tmp_path)
@@ -2819,6 +2836,7 @@ class TestExampleClients:
         for (name, _, said), turn in zip(FINAL, turns, strict=True):
             assert turn.said.startswith(said), name
 
+    @beside
     def test_a_stopped_turn_is_told_and_unknown_events_and_blank_lines_are_ignored(self, chat, tmp_path):
         unknown = line_of("unknown", chunk_number=9, total_chunks=9, retryable=False)
         events = [unknown, INFO, b"\n", unknown, STATUS, *CHUNKS, unknown, COMPLETE]
@@ -2826,6 +2844,7 @@ class TestExampleClients:
             stopped, turn = chat(proxy.url, 2, tmp_path)
         assert (stopped.text, turn.text) == (" [cancelled]", "".join(WORDS))
 
+    @beside
     def test_eight_retries_without_progress_are_the_end_and_a_new_chunk_gives_eight_more(
             self, instant, chat, tmp_path):
         cuts = [Fault(cut=f'"chunk_number":{number},'.encode()) for number in range(2, 4) for _ in range(8)]
@@ -2837,11 +2856,13 @@ class TestExampleClients:
         for pause, longest in zip(turn.pauses, [0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
             assert longest / 2 <= pause <= longest
 
+    @beside
     def test_retry_after_is_kept_up_to_a_minute(self, instant, chat, tmp_path):
         faults = [problem_of(503, "Retry-After: 7"), Fault(), problem_of(503, "Retry-After: 3600")]
         with Proxy(instant.address, faults) as proxy:
             assert [turn.pauses for turn in self.whole(chat, instant, proxy, tmp_path, 2)] == [[7], [60]]
 
+    @beside
     def test_it_runs_as_it_stands(self, instant, chat, tmp_path):
         name, language, start, interpreter = {
             chat_in_python: ("chat.py", "python", "# ", sys.executable),
@@ -3864,8 +3885,8 @@ class TestPersistence:
         assert os.listdir(tmp_path) == []
 
     @beside
-    def test_a_restart_forgets_nothing_and_sends_the_same_bytes(self, serve, folder):
-        file = folder / "chat.db"
+    def test_a_restart_forgets_nothing_and_sends_the_same_bytes(self, serve, tmp_path):
+        file = tmp_path / "chat.db"
         flags = ("--chunk-delay", "0.002", "--log", "off", "--db", str(file))
         server = serve(*flags)
         requests = [{"message": text, "session_id": new_id(), "turn_id": "t"} for _, text in TEXTS]
@@ -3902,8 +3923,8 @@ class TestPersistence:
         assert server.turn("Hi", session_id="anew").status["context_messages"] == 2
 
     @beside
-    def test_a_session_keeps_its_model_and_a_turn_its_usage(self, serve, folder):
-        file = folder / "chat.db"
+    def test_a_session_keeps_its_model_and_a_turn_its_usage(self, serve, tmp_path):
+        file = tmp_path / "chat.db"
         with gemini_stand_in() as stand_in:
             flags, urls = ("--log", "off", "--db", str(file)), {"GOOGLE_GEMINI_BASE_URL": stand_in.url}
             server = serve("--chunk-delay", "0", "--model", "gemini-test", *flags, GEMINI_API_KEY=KEY, **urls)
@@ -3915,8 +3936,8 @@ class TestPersistence:
             assert again == turn and again.end["usage"] and server.session("s")["model"] == "gemini-test"
 
     @beside
-    def test_a_turn_that_ran_at_a_kill_runs_again_once(self, serve, folder):
-        file = folder / "chat.db"
+    def test_a_turn_that_ran_at_a_kill_runs_again_once(self, serve, tmp_path):
+        file = tmp_path / "chat.db"
         flags = ("--chunk-delay", "0.005", "--log", "off", "--db", str(file))
         server = serve(*flags)
         request = {"message": "word " * 400, "session_id": "s", "turn_id": "t"}
@@ -3932,7 +3953,7 @@ class TestPersistence:
         assert server.chat(**request).check(**request) == turn and rows(file) == 1
 
     @beside
-    def test_a_kill_at_any_moment_loses_no_turn_and_leaves_no_half(self, serve, folder):
+    def test_a_kill_at_any_moment_loses_no_turn_and_leaves_no_half(self, serve, tmp_path):
         """Three kills; `.ci/soak kills` has hundreds."""
         chance, sent = random.Random(1), {session: [] for session in ("a", "b", "c")}
 
@@ -3943,7 +3964,7 @@ class TestPersistence:
                     turn = {"message": f"{len(sent[session])} " + "word " * 300, "turn_id": f"t{len(sent[session])}"}
                     sent[session].append((turn, None))
                     sent[session][-1] = turn, server.turn(session_id=session, **turn)
-        file = folder / "chat.db"
+        file = tmp_path / "chat.db"
         with ThreadPoolExecutor(len(sent)) as pool:
             for _ in range(3):
                 server = serve(*ON_DISK, "--db", str(file))
@@ -3965,8 +3986,8 @@ class TestPersistence:
                 assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
     @beside
-    def test_an_answer_is_on_disk_before_it_is_sent_and_files_are_for_their_owner_alone(self, serve, folder):
-        file = folder / "chat.db"
+    def test_an_answer_is_on_disk_before_it_is_sent_and_files_are_for_their_owner_alone(self, serve, tmp_path):
+        file = tmp_path / "chat.db"
         server = serve(*ON_DISK, "--db", str(file))
         for number in range(10):
             stream = server.chat("word " * 50 * number + "x", session_id=f"s{number % 2}")
@@ -3990,8 +4011,8 @@ class TestPersistence:
     @on_linux
     @pytest.mark.parametrize("fault", [full_disk, locked])
     @beside
-    def test_a_request_that_cannot_be_written_is_an_error_and_changes_nothing(self, serve, folder, fault):
-        file = folder / "chat.db"
+    def test_a_request_that_cannot_be_written_is_an_error_and_changes_nothing(self, serve, tmp_path, fault):
+        file = tmp_path / "chat.db"
         server = serve("--chunk-delay", "0", "--log", "brief", "--db", str(file),
                        changes="import sqlite3; connect = sqlite3.connect\n"
                                "sqlite3.connect = lambda *how, **more: connect(*how, **more | {'timeout': 0.2})")
@@ -4020,8 +4041,8 @@ class TestPersistence:
         assert told_by(serve(*ON_DISK, "--db", str(file))) == told
 
     @beside
-    def test_a_stop_that_cannot_be_written_says_so(self, serve, folder):
-        file = folder / "chat.db"
+    def test_a_stop_that_cannot_be_written_says_so(self, serve, tmp_path):
+        file = tmp_path / "chat.db"
         server = serve("--chunk-delay", "0.05", "--log", "brief", "--db", str(file))
         stream = server.chat("word " * 200, session_id="s")
         stream.read_until("chunk", 2)
@@ -4032,8 +4053,8 @@ class TestPersistence:
         server.excuse_log()     # both errors are right there
 
     @beside
-    def test_the_limit_of_sessions_holds_where_the_disk_is_slow(self, serve, folder):
-        file = folder / "chat.db"
+    def test_the_limit_of_sessions_holds_where_the_disk_is_slow(self, serve, tmp_path):
+        file = tmp_path / "chat.db"
         with ThreadPoolExecutor(12) as pool:
             server = serve(*ON_DISK, "--db", str(file), changes="server.LIMITS['sessions'] = 5")
             with locked(server, file):
@@ -4042,8 +4063,8 @@ class TestPersistence:
             assert sorted(done.result().status for done in made) == [200] * 5 + [503] * 7
 
     @beside
-    def test_a_file_serves_one_server_at_a_time(self, serve, folder):
-        file = folder / "chat.db"
+    def test_a_file_serves_one_server_at_a_time(self, serve, tmp_path):
+        file = tmp_path / "chat.db"
         server = serve(*ON_DISK, "--db", str(file))
         server.turn("Hi", session_id="s")
         names = [file]
@@ -4057,19 +4078,19 @@ class TestPersistence:
         assert serve(*ON_DISK, "--db", str(file)).session("s")["message_count"] == 4
 
     @beside
-    def test_a_file_that_is_not_right_is_refused_in_one_line_and_not_touched(self, serve, folder):
-        def bytes_in(folder):
+    def test_a_file_that_is_not_right_is_refused_in_one_line_and_not_touched(self, serve, tmp_path):
+        def bytes_in(tmp_path):
             """All files but those that SQLite and the server make for their locks."""
-            return {path: path.read_bytes() for path in folder.rglob("*")
+            return {path: path.read_bytes() for path in tmp_path.rglob("*")
                     if path.is_file() and not path.name.endswith(("-shm", "-lock"))}
-        file = folder / "chat.db"
+        file = tmp_path / "chat.db"
         server = serve(*ON_DISK, "--db", str(file))
         for number in range(8):     # the file ends in a log of noise, whose pages quick_check takes as they are
             server.turn(random.Random(number).randbytes(3000).hex(), session_id=f"s{number}")
         server.end("terminate")
         files = []
         for name, damage in REFUSED_FILES:
-            copies = folder / name
+            copies = tmp_path / name
             copies.mkdir()
             files.append(Path(shutil.copy(file, copies)))
             damage(files[-1])
@@ -4080,8 +4101,8 @@ class TestPersistence:
             assert bytes_in(damaged.parent) == unchanged, f"{damaged.parent.name}: the file was touched"
 
     @beside
-    def test_a_slow_disk_delays_only_what_is_written(self, serve, folder):
-        file = folder / "chat.db"
+    def test_a_slow_disk_delays_only_what_is_written(self, serve, tmp_path):
+        file = tmp_path / "chat.db"
         with ThreadPoolExecutor(4) as pool:
             server = serve(*ON_DISK, "--db", str(file))
             for session in "sto":
@@ -4099,8 +4120,8 @@ class TestPersistence:
             assert other.check().end["message_count"] == 4
 
     @beside
-    def test_turns_may_end_at_once_while_others_read_the_file(self, serve, folder):
-        file = folder / "chat.db"
+    def test_turns_may_end_at_once_while_others_read_the_file(self, serve, tmp_path):
+        file = tmp_path / "chat.db"
         server = serve(*ON_DISK, "--db", str(file))
         server.turn("Hi", session_id="s")
 
@@ -4776,6 +4797,7 @@ class TestScripts:
     """README, "Terminal client": the bare answer is all of standard output, and the status tells how it ended."""
 
     @cases(SCRIPTS)
+    @beside
     def test_only_the_answer_goes_to_standard_output(self, case):
         _, arguments, stdin, script, *expected, said = case
         with ScriptedServer(*9 * [script]) as server:
@@ -4785,6 +4807,7 @@ class TestScripts:
         assert [status, out.decode()] == expected and said in last and bool(said) == bool(last), (out, err)
         assert status == 2 or all("Retrying in" in line for line in tries), err
 
+    @beside
     def test_the_message_is_the_argument_and_what_is_piped_and_a_session_goes_on(self, fast):
         session = new_id()
         for arguments, stdin, message in (((), b"\xc3\xa9 \r\n\n two\n", "\u00e9 \r\n\n two\n"),
@@ -4794,6 +4817,7 @@ class TestScripts:
             assert (sent, done) == (message, (0, answer.encode() + b"\n", ""))
         assert "2 messages came before this one." in answer
 
+    @beside
     def test_a_token_comes_by_the_option_or_else_from_the_environment(self, own):
         url = url_of(own("--token", TOKEN, "--chunk-delay", "0"))
         for options, variable in ((("--token", TOKEN), "other"), ((), TOKEN)):
@@ -4803,6 +4827,7 @@ class TestScripts:
         assert (status, out, err.count("\n")) == (1, b"", 1) and "token" in err
 
     @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+    @beside
     def test_after_a_cut_the_run_goes_on_or_another_one_is_printed_from_its_start(self, fast, own, options):
         for after in (fast, own(*INSTANT)):
             with restarting(fast, after) as proxy:
@@ -4818,6 +4843,7 @@ class TestScripts:
             else:
                 assert "run again" in err and earlier.strip() and text.startswith(earlier.removesuffix(b"\n"))
 
+    @beside
     def test_an_output_that_is_closed_or_full_ends_it_and_errors_that_nobody_reads_do_no_harm(self, fast, own):
         server, session = own(*CALM), new_id()
         for options, rest in ((LONG,), "| head -c 10"), (("--json", LONG), "| head -c 10"), (("Hi",), ">&-"):
@@ -4841,6 +4867,7 @@ class TestScripts:
         return process.returncode, first + (out if output == "stdout" else err)
 
     @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+    @beside
     def test_ctrl_c_stops_the_answer_and_keeps_what_was_printed(self, own, options):
         server, session = own(*CALM), new_id()
         done = self.interrupt(url_of(server), "--session", session, *options, LONG)
@@ -4848,6 +4875,7 @@ class TestScripts:
         assert event_of(lines[-1])["finish_reason"] == "cancelled"
         assert done == (130, b"".join(lines) if options else server.history(session)[1][1].encode() + b"\n")
 
+    @beside
     def test_ctrl_c_ends_a_program_that_tries_again_and_a_second_one_whose_output_nobody_takes(self, fast):
         status, said = self.interrupt("http://127.0.0.1:1", "Hi", output="stderr")
         assert status == 130 and b"Retrying" in said and b"STOPPED" not in said
@@ -5058,6 +5086,7 @@ TOLD = [                # what the server sends, what is said, whether /retry is
 class TestTerminal:
     """README, "Terminal client": what a person sees who types to it."""
 
+    @beside
     def test_an_answer_stands_between_two_rules_above_a_box(self, fast):
         session, message = new_id(), "Wide \u91cf\u5b50 \U0001f600 \U0001f5a5\ufe0f, na\u00efve"
         with chatting(url_of(fast), "--session", session) as chat:
@@ -5077,6 +5106,7 @@ class TestTerminal:
         assert rows == {"Total Chunks": str(total), "Context Messages": "4", "Transfer-Encoding": "chunked",
                         "Status": "SUCCESS"}
 
+    @beside
     def test_it_fits_the_terminal_whatever_columns_says(self, fast):
         message = "word \u91cf\u5b50 \U0001f600 \U0001f5a5\ufe0f " * 40 + "\u91cf" * 100
         fast.turn("x" * 48 + "\ta b", session_id=(session := new_id()))
@@ -5124,6 +5154,7 @@ class TestTerminal:
         assert opened == pages and all(f"URL: {page}" in shown[page[-5:]] for page in pages)
         assert len(shown["/help"].splitlines()) <= 24 and "~/.streamchat_history" in shown["/help"]
 
+    @beside
     def test_sessions_are_changed_read_cleared_and_deleted(self, fast):
         ids = [new_id() for _ in range(3)]
         for session in (*ids, ids[1] + "-", ids[1] + "-2"):
@@ -5146,6 +5177,7 @@ class TestTerminal:
             chat.enter("/delete")
             assert chat.session is None and fast.session_ids() & set(ids) == set(ids[1:])
 
+    @beside
     def test_one_slash_begins_a_command_and_two_a_message(self, fast):
         before = fast.stats()["total_requests"]
         with chatting(url_of(fast), "--session", session := new_id()) as chat:
@@ -5158,6 +5190,7 @@ class TestTerminal:
         assert questions(fast, session) == ["/help me", "say /hel"]
 
     @pytest.mark.parametrize("more", [{}, {"LC_ALL": "C"}, {"TERM": "dumb"}, {"NO_COLOR": "1"}], ids=str)
+    @beside
     def test_a_message_may_have_many_lines_and_any_characters_and_colours_can_be_off(self, fast, more):
         is_plain = "TERM" in more or "NO_COLOR" in more
         with chatting(url_of(fast), "--session", session := new_id(), **more) as chat:
@@ -5179,6 +5212,7 @@ class TestTerminal:
             assert "TERM" not in more or "\x1b" not in chat.text
 
     @pytest.mark.parametrize("keys", [["/quit\r"], [CTRL_D], [CTRL_C, CTRL_C]], ids=["quit", "Ctrl-D", "Ctrl-C twice"])
+    @beside
     def test_on_leaving_the_statistics_are_shown_and_the_terminal_is_as_it_was(self, fast, keys):
         with TerminalChat(url_of(fast), "--session", session := new_id()) as chat:
             before = chat.modes
@@ -5196,6 +5230,7 @@ class TestTerminal:
             chat.wait("CLIENT SESSION STATISTICS.* Messages Sent: 1 .*Goodbye")
             assert chat.modes == before and questions(fast, session) == ["Hi"]
 
+    @beside
     def test_what_was_typed_is_there_in_the_next_run_if_the_home_can_be_written(self, fast, tmp_path):
         history, session = tmp_path / ".streamchat_history", new_id()
         full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12, 12))"
@@ -5209,6 +5244,7 @@ class TestTerminal:
         assert history.read_text() == "one message\n"
         assert questions(fast, session) == ["another", "one message", "another", "another"]
 
+    @beside
     def test_a_failure_is_one_sentence_and_retry_is_offered_where_it_helps(self):
         pages = {"/sessions": page_of({"sessions": [{}]}), "/sessions/s": page_of({})}
         with ScriptedServer(*itertools.chain(*[row[0] for row in TOLD]), pages=pages) as server, \
@@ -6176,8 +6212,8 @@ class TestThePageRecovers:
             assert browser.see("articles()")[9][1] == server.history(session)[9][1]
 
     @beside
-    def test_a_server_that_was_away_was_killed_or_lost_its_memory_is_found_again(self, serve, browser, folder):
-        server = serve(*CALM, "--db", f"{folder}/chat.db")
+    def test_a_server_that_was_away_was_killed_or_lost_its_memory_is_found_again(self, serve, browser, tmp_path):
+        server = serve(*CALM, "--db", f"{tmp_path}/chat.db")
         with Site(server.address, {}) as proxy:
             session = browser.demo(proxy.url)
             proxy.down()
@@ -6191,7 +6227,7 @@ class TestThePageRecovers:
             browser.send(SPACED)
             browser.until_longer(10)
             server.end()
-            server = serve(*CALM, "--db", f"{folder}/chat.db")
+            server = serve(*CALM, "--db", f"{tmp_path}/chat.db")
             proxy.pages["/sessions"] = ("application/json", b'{"sessions":[]}')     # that of one of many servers
             proxy.target = server.address
             browser.until("complete")

@@ -3210,6 +3210,7 @@ GEMINI_STREAMS = [      # name; texts, responses, bytes and seconds to wait, in 
     ("two candidates", [{"candidates": last("One.")["candidates"] + last("B")["candidates"]}], "stop", "One.", ""),
     ("unknown fields", [says({"text": "One.", "mood": 1}, finish="STOP", weather={"sun": 1})], "stop", "One.", ""),
     ("usage last", [last("One."), {"usageMetadata": USAGE_WITH_THOUGHTS}], "stop", "One.", ""),
+    ("usage first", ["One.", says(finish="STOP", usage=None)], "stop", "One.", ""),
     ("line separators", ["a\u2028b\u2029c\u0085d", last("\x0be\x1cf")], "stop", "a\u2028b\u2029c\u0085d\x0be\x1cf", ""),
     ("half a character, and no last newline", ["One ", HALF_A_CHARACTER], "stop", "One \ufffd two.", ""),
     ("white space", [" \n", "\t a  b\n\n", last("\U0001f600\u0301 ")], "stop", " \n\t a  b\n\n\U0001f600\u0301 ", ""),
@@ -3409,8 +3410,9 @@ class TestModels:
             assert 0.3 < later.time - earlier.time < 5
 
     def test_complete_tells_the_usage(self, gemini, ends):
-        usages = gemini.turn("hello").end["usage"], ends["usage last"][0].end["usage"]
-        assert [tuple(usage.values()) for usage in usages] == [(1, 2, 3), (7, 8, 15)]   # thoughts are output
+        turns = gemini.turn("hello"), ends["usage last"][0], ends["usage first"][0]
+        usages = [tuple(turn.end["usage"].values()) for turn in turns]
+        assert usages == [(1, 2, 3), (7, 8, 15), (7, 5, 12)]        # thoughts are output
 
     def test_the_first_piece_arrives_while_the_model_still_writes_in_many_turns_at_once(self, gemini, stand_in):
         stand_in.let_go.clear()
@@ -3631,6 +3633,9 @@ class TestModelsOfYourOwn:
         assert turn.text == "user: history. model: user: history. . user: history. "
         assert turn.end["finish_reason"] == "stop"
         assert turn.info["model"] == commanded.get("/")["model"] == "test_protocol:on_command"
+        for _ in range(12):
+            commanded.turn("Hi", session_id=session)
+        assert commanded.turn("history", session_id=session).text.count("user: Hi. ") == 12
         end = commanded.chat("no text").check().end
         assert end["code"] == "model_error" and "(stop)" in end["message"]
 
@@ -5162,6 +5167,7 @@ class TestTerminal:
         shorts = [session[:8] + "..." for session in ids]
         with chatting(url_of(fast), "--session", ids[0]) as chat:
             numbers = {name: number for number, name in re.findall(r"(\d+)\. (\S+) \(", chat.enter("/sessions"))}
+            fast.turn("Hi")     # a new session is listed first, but a number means the list that was shown
             for session, argument in zip(ids[::-1], (numbers[shorts[2]], ids[1], shorts[0]), strict=True):
                 chat.enter(f"/switch {argument}")
                 assert f"--session {session}" in chat.enter("/info").splitlines()[-1].split("later: ")
@@ -5174,6 +5180,7 @@ class TestTerminal:
             assert chat.text.count("\x1b[2J") == 1
             chat.enter("/reset")
             assert fast.history(ids[0]) == [] and "question" not in chat.enter("/history")
+            assert "gone" not in chat.enter("Hi"), "the user has cleared the messages"
             chat.enter("/delete")
             assert chat.session is None and fast.session_ids() & set(ids) == set(ids[1:])
 
@@ -5559,6 +5566,7 @@ class TestTerminalIsSafe:
         lines = [json.dumps(forged(json.loads(line))).encode() + b"\n" for line in TURN]
         scripts = [stream_of(*lines), stream_of(*lines[:3], line_of("error", message=FORGED)),
                    refusal(409, body=json.dumps({"detail": FORGED}).encode()),
+                   refusal(409, body=json.dumps({"detail": f"Stop it: curl http://x/{FORGED}"}).encode()),
                    refusal(302, "Location: x\x1b[31mFORGED"), refusal(500, body=b"").replace(b"No", b"x\x1b[31mFORGED")]
         with ScriptedServer(*scripts, pages=pages) as server, chatting(server.url, "--session", "hostile") as chat:
             assert r"\x1b[31mFORGED" in chat.plain

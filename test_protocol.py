@@ -1256,7 +1256,7 @@ class TestEvents:
     @core
     def test_pings_come_in_a_silence_and_are_no_part_of_the_log(self, silent):
         def first_gap(session):
-            """Seconds from a chunk to the next ping, beside the usual gap between two pings."""
+            """Seconds from a chunk to the next ping."""
             stream = silent.chat("six words are two chunks, no?", session_id=session)
             before = stream.read_until("chunk")
             stream.read_until("chunk")
@@ -1266,8 +1266,8 @@ class TestEvents:
             times = [moment(event["timestamp"]) for event in (before, *stream.connection.pings)]
             gaps = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(times)]
             assert len(gaps) > 2 and min(gaps) >= 0.299
-            return gaps[0] / statistics.median(gaps)
-        assert any(first_gap(new_id()) < 1.5 for _ in range(3)), "a busy machine may delay one of them"
+            return gaps[0]
+        assert any(first_gap(new_id()) < 0.45 for _ in range(3)), "a busy machine may delay one of them"
 
 
 # ---- README, "Turn states"
@@ -1443,7 +1443,7 @@ class TestTurnStates:
         assert wait_until(lambda: not silent.is_running(session), 9), "two pings of 0.3 s and a window of 0.5 s"
         assert time.monotonic() - left > 0.4
 
-    @core
+    @ours
     def test_a_client_that_closed_its_sending_half_is_still_served(self, brisk):
         stream = brisk.chat("word " * 200)
         stream.connection.socket.shutdown(socket.SHUT_WR)

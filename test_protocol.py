@@ -1020,16 +1020,22 @@ def lanes(request):
         test = BESIDE[item.function]
         wanted = inspect.signature(test).parameters
         given = item.callspec.params if hasattr(item, "callspec") else {}
+        servers = []
+
+        def own(*flags, **more):
+            servers.append(lend(running, *flags, **more))
+            return servers[-1]
         with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, fresh_servers() as serve,
               contextlib.ExitStack() as stack):
-            given = {**given, "self": item.instance, "serve": serve, "tmp_path": Path(folder),
-                     "own": lambda *flags, **more: lend(running, *flags, **more)}
+            given = {**given, "self": item.instance, "serve": serve, "tmp_path": Path(folder), "own": own}
             for name in {"fast", "instant"} & wanted.keys():
-                given[name] = lend(running, *{"fast": ("--chunk-delay", "0"), "instant": INSTANT}[name])
+                given[name] = own(*{"fast": ("--chunk-delay", "0"), "instant": INSTANT}[name])
             if "browser" in wanted:
                 given["browser"] = lend(Browser)
                 stack.enter_context(given["browser"].tab())
             test(**{name: given[name] for name in wanted})
+        for server in servers:
+            server.check_log()
 
     items = [item for item in request.session.items if item.function in BESIDE and not OUTSIDE]
     classes = list(dict.fromkeys(item.cls for item in items))
@@ -3743,18 +3749,17 @@ class TestModelsOfYourOwn:
         assert wait_until(lambda: server.request("GET", "/health").json.get("active_sessions") == 9)
 
     @beside
-    def test_one_that_is_silent_for_two_minutes_is_cut_and_closed(self, serve):
+    def test_one_that_is_silent_for_two_minutes_is_cut_and_closed(self, serve, tmp_path):
         short = "assert server.LIMITS['model_silence'] == 120\nserver.LIMITS['model_silence'] = 2.5"
         server = serve(*ON_COMMAND, changes=short)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "state")
-            streams = [server.chat(message) for message in ("silent", f"waits: {file}", "slow", "word " * 120)]
-            silent, begun, slow, paced = (stream.check() for stream in streams)
-            assert (silent.text, silent.end.get("code")) == ("", "model_cut")
-            assert (begun.text, begun.end.get("code")) == ("First. ", "model_cut")
-            assert moment(begun.end["timestamp"]) - moment(begun.chunks[0]["timestamp"]) >= timedelta(seconds=2.5)
-            assert slow.end["type"] == paced.end["type"] == "complete"
-            assert wait_until(lambda: file.read_text() == "closed")
+        file = tmp_path / "state"
+        streams = [server.chat(message) for message in ("silent", f"waits: {file}", "slow", "word " * 120)]
+        silent, begun, slow, paced = (stream.check() for stream in streams)
+        assert (silent.text, silent.end.get("code")) == ("", "model_cut")
+        assert (begun.text, begun.end.get("code")) == ("First. ", "model_cut")
+        assert moment(begun.end["timestamp"]) - moment(begun.chunks[0]["timestamp"]) >= timedelta(seconds=2.5)
+        assert slow.end["type"] == paced.end["type"] == "complete"
+        assert wait_until(lambda: file.read_text() == "closed")
 
     @beside
     def test_a_final_chunk_that_is_held_back_comes_when_it_is_due(self, own):

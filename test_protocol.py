@@ -44,7 +44,7 @@ import unicodedata
 import uuid
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -948,28 +948,38 @@ def lend(shared):
         server.check_log()
 
 
+SERVERS = {             # the servers that tests share, by the names of their fixtures
+    "server": ("--chunk-delay", "0.02"),            # the default flags, except for five times the pace
+    "fast": ("--chunk-delay", "0"),                 # no pace
+    "instant": ("--chunk-delay", "0", "--log", "off"),
+    "brisk": ("--chunk-delay", "0.02", "--heartbeat", "0.3", "--resume-window", "0.7"),
+    "silent": ("--chunk-delay", "2", "--heartbeat", "0.3", "--resume-window", "0.5"),   # long silences
+}
+
+
 @pytest.fixture
 def server(lend):
-    """Any server. Ours has the default flags, except for five times the pace."""
-    return lend(visiting) if OUTSIDE else lend(running, "--chunk-delay", "0.02")
+    return lend(visiting) if OUTSIDE else lend(running, *SERVERS["server"])
 
 
 @pytest.fixture
 def fast(lend):
-    """Any server. Ours has no pace."""
-    return lend(visiting) if OUTSIDE else lend(running, "--chunk-delay", "0")
+    return lend(visiting) if OUTSIDE else lend(running, *SERVERS["fast"])
+
+
+@pytest.fixture
+def instant(own):
+    return own(*SERVERS["instant"])
 
 
 @pytest.fixture
 def brisk(lend):
-    """Any server that can be started: a lively pace, and short clocks."""
-    return lend(clocked, delay=0.02, heartbeat=0.3, window=0.7)
+    return lend(clocked, 0.02, 0.3, 0.7)
 
 
 @pytest.fixture
 def silent(lend):
-    """Any server that can be started: long silences between two chunks, and short clocks."""
-    return lend(clocked, delay=2, heartbeat=0.3, window=0.5)
+    return lend(clocked, 2, 0.3, 0.5)
 
 
 @pytest.fixture
@@ -991,10 +1001,10 @@ def serve():
         yield serve
 
 
-# ---- Lanes: threads for the tests that mostly wait, and for those in the browser
+# ---- Lanes: two threads for the tests that mostly wait
 
 BESIDE = {}         # these tests, by the functions that pytest calls in their turn
-LENDS = {"self", "own", "serve", "fast", "instant", "browser", "tmp_path"}
+LENDS = {"self", "own", "serve", "browser", "tmp_path", *SERVERS}
 
 
 def beside(test):
@@ -1002,7 +1012,9 @@ def beside(test):
 
     pytest judges it in its turn.
     """
-    @ours
+    if OUTSIDE:
+        return test
+
     @pytest.mark.usefixtures("level", *inspect.signature(test).parameters.keys() - LENDS)
     def in_its_turn(self, request, lanes):
         lanes[request.node].result()
@@ -1010,42 +1022,51 @@ def beside(test):
     return in_its_turn
 
 
+def run_beside(item, lend):
+    """Run a test as pytest would. The servers and the browser are those of its class."""
+    test = BESIDE[item.function]
+    wanted = inspect.signature(test).parameters
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    servers = []
+
+    def own(*flags, **more):
+        servers.append(lend(running, *flags, **more))
+        return servers[-1]
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, fresh_servers() as serve,
+          contextlib.ExitStack() as stack):
+        given = {**given, "self": item.instance, "serve": serve, "tmp_path": Path(folder), "own": own}
+        for name in SERVERS.keys() & wanted.keys():
+            given[name] = own(*SERVERS[name])
+        if "browser" in wanted:
+            given["browser"] = lend(Browser)
+            stack.enter_context(given["browser"].tab())
+        test(**{name: given[name] for name in wanted})
+    for server in servers:
+        server.check_log()
+
+
+def run_class(items, futures):
+    with pool() as lend:
+        for item in items:
+            if futures[item].set_running_or_notify_cancel():
+                try:
+                    futures[item].set_result(run_beside(item, lend))
+                except BaseException as error:      # what pytest shows, or takes for a skip
+                    futures[item].set_exception(error)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def lanes(request):
-    """The futures of these tests. One lane has the browser; the other classes take turns in two more.
-
-    A lane runs its tests one after the other, and has servers of its own to share.
-    """
-    def run(item, lend):
-        test = BESIDE[item.function]
-        wanted = inspect.signature(test).parameters
-        given = item.callspec.params if hasattr(item, "callspec") else {}
-        servers = []
-
-        def own(*flags, **more):
-            servers.append(lend(running, *flags, **more))
-            return servers[-1]
-        with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, fresh_servers() as serve,
-              contextlib.ExitStack() as stack):
-            given = {**given, "self": item.instance, "serve": serve, "tmp_path": Path(folder), "own": own}
-            for name in {"fast", "instant"} & wanted.keys():
-                given[name] = own(*{"fast": ("--chunk-delay", "0"), "instant": INSTANT}[name])
-            if "browser" in wanted:
-                given["browser"] = lend(Browser)
-                stack.enter_context(given["browser"].tab())
-            test(**{name: given[name] for name in wanted})
-        for server in servers:
-            server.check_log()
-
-    items = [item for item in request.session.items if item.function in BESIDE and not OUTSIDE]
-    classes = list(dict.fromkeys(item.cls for item in items))
-    with contextlib.ExitStack() as stack:
-        lent = [(stack.enter_context(pool()), stack.enter_context(ThreadPoolExecutor(1))) for _ in range(3)]
-        futures = {}
-        for item in items:
-            in_browser = "browser" in inspect.signature(BESIDE[item.function]).parameters
-            lend, thread = lent[0 if in_browser else 1 + classes.index(item.cls) % 2]
-            futures[item] = thread.submit(run, item, lend)
+    """The futures of these tests. Each lane runs one class after the other; there is one browser."""
+    items = [item for item in request.session.items if item.function in BESIDE]
+    futures = {item: Future() for item in items}
+    classes = {}
+    for item in items:
+        in_browser = "browser" in inspect.signature(BESIDE[item.function]).parameters
+        classes.setdefault("browser" if in_browser else item.cls, []).append(item)
+    with ThreadPoolExecutor(2) as threads:
+        for name in sorted(classes, key=lambda name: name != "browser"):    # the longest first
+            threads.submit(run_class, classes[name], futures)
         yield futures
         for future in futures.values():     # where the session ends early
             future.cancel()
@@ -1251,6 +1272,7 @@ class TestEvents:
         stream.check(message="word " * 60)
 
     @core
+    @beside
     def test_the_first_chunk_and_a_stop_never_wait(self, silent):
         session, began = new_id(), time.monotonic()
         stream = silent.chat("word " * 100, session_id=session)
@@ -1260,6 +1282,7 @@ class TestEvents:
         assert time.monotonic() - began < 1.9, "something waited for the pace of 2 s"
 
     @core
+    @beside
     def test_pings_come_in_a_silence_and_are_no_part_of_the_log(self, silent):
         def first_gap(session):
             """Seconds from a chunk to the next ping."""
@@ -1419,6 +1442,7 @@ class TestTurnStates:
         assert again.status["context_messages"] == 0
 
     @core
+    @beside
     def test_a_turn_without_readers_is_cancelled_after_the_window(self, brisk):
         session = new_id()
         brisk.chat(LONG, session_id=session).read(4).abort()
@@ -1430,6 +1454,7 @@ class TestTurnStates:
         check_history(brisk, session, LONG, turn)
 
     @core
+    @beside
     def test_a_reader_that_comes_back_in_time_keeps_the_turn_running(self, brisk):
         session = new_id()
         brisk.chat(LONG, session_id=session).read(4).abort()
@@ -1442,6 +1467,7 @@ class TestTurnStates:
             back.abort()
 
     @core
+    @beside
     def test_a_silent_reader_that_left_is_noticed_by_pings(self, silent):
         session = new_id()
         silent.chat("word " * 40, session_id=session).read(3).abort()
@@ -1450,12 +1476,14 @@ class TestTurnStates:
         assert time.monotonic() - left > 0.4
 
     @ours
+    @beside
     def test_a_client_that_closed_its_sending_half_is_still_served(self, brisk):
         stream = brisk.chat("word " * 200)
         stream.connection.socket.shutdown(socket.SHUT_WR)
         assert stream.check(message="word " * 200).end["processing_time"] > 0.9
 
     @core
+    @beside
     def test_logs_are_kept_beyond_the_window(self, brisk):
         """That of a complete turn as long as its session, that of a turn stopped before any text until the next."""
         session = new_id()
@@ -1470,6 +1498,7 @@ class TestTurnStates:
             assert brisk.turn("Hello", session_id=session).status["context_messages"] == 2 * number + 2
 
     @core
+    @beside
     def test_a_shutdown_gives_turns_5_seconds_refuses_new_ones_and_ends_with_0(self):
         """README, "Configuration"; of another server only that a turn gets its terminal event."""
         shorter = "assert server.LIMITS['grace'] == 5\nserver.LIMITS['grace'] = 1.5"
@@ -1580,6 +1609,7 @@ class TestCutConnections:
             assert reader.read().lines == lines[:2] + lines[2:-1][after:] + lines[-1:]
             reader.check(after=after)
 
+    @beside
     def test_a_resume_beyond_the_log_gets_the_next_chunk_when_it_is_due(self, silent):
         session = new_id()
         stream = silent.chat("word " * 30, session_id=session)
@@ -1634,6 +1664,7 @@ class TestCutConnections:
         assert server.turn("x", session_id=new_id(), turn_id="old").info["created"], "a turn_id is its session's alone"
 
     @ours
+    @beside
     def test_the_log_of_a_turn_without_text_is_kept_until_the_next(self, own):
         """The turn was stopped before its first chunk."""
         server = own("--model", "test_protocol:on_command", "--resume-window", "0.3")
@@ -1650,6 +1681,7 @@ class TestCutConnections:
 
     @ours
     @on_linux
+    @beside
     def test_nothing_leaks(self, serve):
         server = serve("--chunk-delay", "0.002", "--resume-window", "0.3", "--log", "off")
         folders = [Path(f"/proc/{server.process.pid}", name) for name in ("task", "fd")]
@@ -2250,6 +2282,7 @@ class TestHttp:
             assert connection.at_end()
 
     @ours
+    @beside
     def test_a_request_must_be_whole_in_time_however_it_drips(self, own):
         """The true limits are 10, 30 and 60 s (.ci/soak waits for them)."""
         server = own("--log", "off", changes=QUICK)
@@ -2500,6 +2533,7 @@ class TestAccessControl:
         assert {"GET", "DELETE"} <= set(methods.split(", "))
         assert set(fields.lower().split(", ")) == {"authorization", "content-type"} and int(age) > 0
 
+    @beside
     def test_the_token_is_never_shown(self, serve):
         shown = subprocess.run([sys.executable, str(SERVER), "--help"], env=environment(STREAMCHAT_TOKEN=TOKEN),
                                capture_output=True, check=True, encoding="utf-8").stdout
@@ -2519,7 +2553,7 @@ class TestAccessControl:
 URL = "http://127.0.0.1:8000"       # the address in the README
 TEXT = "Hello \u2028 caf\u00e9 \U0001f600, one two three"
 CANCELLED = b'HTTP/1.1 200 OK\r\n\r\n{"type":"complete","finish_reason":"cancelled","total_chunks":0}\n'
-INSTANT = ("--chunk-delay", "0", "--log", "off")
+INSTANT = SERVERS["instant"]
 CALM = ("--chunk-delay", "0.05", "--log", "off")      # LONG takes 25 s: longer than PATIENCE
 VARIED = ["uptime_seconds", "average_response_time", "total_bytes", "p50", "p95", "duration_minutes",
           "session_duration_seconds", "processing_time"]      # their numbers differ from run to run
@@ -2624,12 +2658,6 @@ def check_turns(server, turns):
         assert history[1][1] == shown
 
 
-@pytest.fixture
-def instant(own):
-    """A server without pace."""
-    return own(*INSTANT)
-
-
 def masked(text):
     """What a server prints, without what differs from run to run."""
     with contextlib.suppress(ValueError):       # one JSON object: the README breaks its lines
@@ -2645,6 +2673,7 @@ def masked(text):
 class TestReadme:
     """What the README shows is what the server does."""
 
+    @beside
     def test_the_exchange_byte_by_byte(self, serve):
         request, answer = re.findall(r"^```http\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
         head, _, body = answer.partition("\n\n")
@@ -2662,6 +2691,7 @@ class TestReadme:
         connection.close()
         assert masked(sent.decode()) == masked(shown)
 
+    @beside
     def test_its_commands_print_what_it_shows(self, serve):
         needs("curl")
         story = serve()
@@ -2700,6 +2730,7 @@ class TestReadme:
         shutil.copy(CLIENT, tmp_path)
         assert run([sys.executable, "library.py"], tmp_path).startswith("You said: Hello!\n")
 
+    @beside
     def test_the_client_in_scripts(self, instant, tmp_path):
         client = (f"python3 {CLIENT.name}", f"{sys.executable} {CLIENT} --url {url_of(instant)}")
         printed = run(["sh", "-ec", replaced(block("sh", "# scripts.sh"), client)], tmp_path)
@@ -2821,7 +2852,7 @@ class TestExampleClients:
 
     @beside
     def test_another_run_drops_what_was_shown(self, instant, own, chat, tmp_path):
-        restarted = own("--log", "off", *INSTANT)
+        restarted = own("--log", "brief", *INSTANT[:2])
         with restarting(instant, restarted) as proxy:
             [turn] = self.whole(chat, restarted, proxy, tmp_path)
         again = r"You said.*\n\[The turn was run again\..*\]\n" + re.escape(turn.answer)

@@ -2802,32 +2802,17 @@ def chat_in_python(url, count, folder):
     return turns
 
 
-def problem_of(status, *fields):
-    """A fault: this status instead of the answer."""
-    lines = [f"HTTP/1.1 {status} Reason", "Content-Length: 14", "Connection: close", *fields, "", '{"detail":"x"}']
-    return Fault(instead="\r\n".join(lines).encode())
-
-
-def events_of(*lines):
-    """A fault: these lines instead of those of the server."""
-    return Fault(instead=b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(lines))
-
-
-def error_event(code, retryable):
-    return events_of(line_of("error", code=code, message="No such luck.", retryable=retryable))
-
-
+NO_LUCK = {"message": "No such luck.", "code": "x"}
 TRANSIENT = [           # what happens once, and then no more
-    ("502", problem_of(502)), ("408", problem_of(408)), ("429", problem_of(429)),
-    ("a retryable error", error_event("server_shutdown", True)), ("a reset", Fault(cut=900, reset=True)),
-    ("missing chunks", events_of(INFO, CHUNKS[1], line_of("complete", finish_reason="stop", total_chunks=0))),
-    ("a missing last chunk", events_of(INFO, COMPLETE)),
+    *(Fault(instead=refusal(status)) for status in (408, 429, 502)),
+    Fault(instead=stream_of(line_of("error", **NO_LUCK, retryable=True))), Fault(cut=900, reset=True),
+    Fault(instead=stream_of(INFO, CHUNKS[1], line_of("complete", finish_reason="stop", total_chunks=0))),
+    Fault(instead=stream_of(INFO, COMPLETE)),       # the last chunks are missing
 ]
-FINAL = [               # what happens, what the client says
-    ("409", problem_of(409), 'Refused: {"detail":"x"}'), ("500", problem_of(500), 'Refused: {"detail":"x"}'),
-    ("an error", error_event("model_auth", False), "Refused: No such luck."),
-    *((f"a line of another protocol: {line}", events_of(line.encode() + b"\n"), "Refused: ")
-      for line in ("<html>", "null", "[1]", "1")),
+FINAL = [               # what the server sends, what the client says
+    *((refusal(status), 'Refused: {"detail":"Because') for status in (409, 500)),
+    (stream_of(line_of("error", **NO_LUCK, retryable=False)), "Refused: No such luck."),
+    *((stream_of(line + b"\n"), "Refused: ") for line in (b"<html>", b"null", b"[1]", b"1")),
 ]
 
 
@@ -2860,24 +2845,24 @@ class TestExampleClients:
 
     @beside
     def test_a_transient_failure_is_retried(self, instant, chat, tmp_path):
-        faults = [fault for _, failure in TRANSIENT for fault in (failure, Fault())]
+        faults = [fault for failure in TRANSIENT for fault in (failure, Fault())]
         with Proxy(instant.address, faults) as proxy:
             self.whole(chat, instant, proxy, tmp_path, len(TRANSIENT))
             assert len(proxy.requests) == 2 * len(TRANSIENT)
 
     @beside
     def test_any_other_failure_is_final_and_told(self, chat, tmp_path):
-        with Proxy(None, [fault for _, fault, _ in FINAL]) as proxy:
+        with Proxy(None, [Fault(instead=raw) for raw, _ in FINAL]) as proxy:
             turns = chat(proxy.url, len(FINAL), tmp_path)
             assert len(proxy.requests) == len(FINAL)
-        for (name, _, said), turn in zip(FINAL, turns, strict=True):
-            assert turn.said.startswith(said), name
+        for (raw, said), turn in zip(FINAL, turns, strict=True):
+            assert turn.said.startswith(said), raw
 
     @beside
     def test_a_stopped_turn_is_told_and_unknown_events_and_blank_lines_are_ignored(self, chat, tmp_path):
         unknown = line_of("unknown", chunk_number=9, total_chunks=9, retryable=False)
         events = [unknown, INFO, b"\n", unknown, STATUS, *CHUNKS, unknown, COMPLETE]
-        with Proxy(None, [Fault(instead=CANCELLED), events_of(*events)]) as proxy:
+        with Proxy(None, [Fault(instead=CANCELLED), Fault(instead=stream_of(*events))]) as proxy:
             stopped, turn = chat(proxy.url, 2, tmp_path)
         assert (stopped.text, turn.text) == (" [cancelled]", "".join(WORDS))
 
@@ -2895,7 +2880,8 @@ class TestExampleClients:
 
     @beside
     def test_retry_after_is_kept_up_to_a_minute(self, instant, chat, tmp_path):
-        faults = [problem_of(503, "Retry-After: 7"), Fault(), problem_of(503, "Retry-After: 3600")]
+        busy = [Fault(instead=refusal(503, f"Retry-After: {seconds}")) for seconds in (7, 3600)]
+        faults = [busy[0], Fault(), busy[1]]
         with Proxy(instant.address, faults) as proxy:
             assert [turn.pauses for turn in self.whole(chat, instant, proxy, tmp_path, 2)] == [[7], [60]]
 
@@ -2922,12 +2908,10 @@ WRONG_FLAGS = [
     ("--allow-origin", "https://chat.example.com/"), ("--allow-origin", "https://chat.example.com:x"),
 ]
 REFUSED_STARTS = [      # what is wrong, the flags, the environment, what the one line says and does not say
-    ("a token with a space", ("--token", "s3cret word"), {}, "--token", "s3cret"),
-    ("the same in the environment", (), {"STREAMCHAT_TOKEN": "s3cret word"}, "token", "s3cret"),
+    ("a token with a space", (), {"STREAMCHAT_TOKEN": "s3cret word"}, "token", "s3cret"),
     ("an empty token for all addresses", ("--host", "0.0.0.0"), {"STREAMCHAT_TOKEN": ""}, "--token", "Traceback"),
-    ("a Gemini model without a key", ("--model", "gemini-x"), {}, "GOOGLE_API_KEY", "Traceback"),
-    ("the same in the environment, with an empty key", (), {"GENAI_MODEL_ID": "gemini-x", "GOOGLE_API_KEY": ""},
-     "--model offline", "Traceback"),
+    ("a Gemini model without a key", (), {"GENAI_MODEL_ID": "gemini-x", "GOOGLE_API_KEY": ""}, "--model offline",
+     "Traceback"),
     ("a key without the package", (), {"GOOGLE_API_KEY": "no-real-key", "PYTHONPATH": "{folder}"}, "google-genai",
      "Traceback"),
 ]
@@ -2967,17 +2951,15 @@ def refuses(*flags, **more):
 INERT = "FORGED\u2028FORGED\u0085FORGED\u202eFORGED\u2066FORGED\u200fFORGED\u061cFORGED\x9b2J"    # may stand in a field
 FORGED = "x\nFORGED\rFORGED\r\nFORGED\x1b[31mFORGED\x0bFORGED\x00FORGED\x07\x7f" + INERT
 HOSTILE = [             # none begins a turn
-    *(http_request(*line) for line in (
-        ("GET", "/" + quote(FORGED)), ("GET", f"/sessions/{quote(FORGED)}"), ("GET", "/stats?" + quote(FORGED)),
-        ("GET", f"/sessions/s/stream?after={quote(FORGED)}"), ("POST", f"/sessions/{quote(FORGED)}/stop"))),
+    http_request("GET", "/" + quote(FORGED)), http_request("POST", f"/sessions/{quote(FORGED)}/stop"),
+    http_request("GET", f"/sessions/s/stream?after={quote(FORGED)}"), chat_request(FORGED.encode()),
     *(chat_request({"message": "Hi", "session_id": "s", "turn_id": "t", name: FORGED})
       for name in ("session_id", "turn_id")),
-    http_request("POST", "/sessions/new", body={"model_id": FORGED}), chat_request(FORGED.encode()),
-    *(http_request(method, target) for text in (FORGED, INERT)
-      for method, target in (("GET", "/" + text), ("GET", "/stats?" + text), (text, "/stats"))),
-    *(http_request("GET", "/stats", f"{name}: {text}") for text in (FORGED, INERT)
-      for name in ("Origin", "Authorization", "User-Agent", "Content-Type", "Connection", "Expect", text)),
-    *(http_request("GET", "/stats").replace(b"localhost", text.encode()) for text in (FORGED, INERT, "evil%0aFORGED")),
+    http_request("POST", "/sessions/new", body={"model_id": FORGED}),
+    *(request for text in (FORGED, INERT) for request in (
+        http_request("GET", "/" + text), http_request("GET", "/stats?" + text), http_request(text, "/stats"),
+        *(http_request("GET", "/stats", f"{name}: {text}") for name in ("Origin", "Content-Type", "Expect", text)),
+        http_request("GET", "/stats").replace(b"localhost", text.encode()))),
     http_request("GET", "/stats", "Origin: ?").replace(b"?", b"\x9b2J\x85FORGED\xff"),
 ]
 
@@ -3023,19 +3005,12 @@ class TestConfiguration:
                 assert port in refuses("--port", port, *flags)
 
     @pytest.mark.parametrize("flags, more", [
-        (("--host", "localhost", "--model", "offline"), {"GENAI_MODEL_ID": "gemini-x"}),
-        (("--host", "127.0.0.2"), {"GENAI_MODEL_ID": "offline"}),
-        (("--host", "::1", "--model", "offline"), {"GOOGLE_API_KEY": "no-real-key"}),
-        (("--host", "0.0.0.0", "--token", TOKEN), {"STREAMCHAT_TOKEN": "another"}), ((), {"STREAMCHAT_TOKEN": ""}),
-    ], ids=["the flag before GENAI_MODEL_ID", "GENAI_MODEL_ID", "offline with a key",
-            "the flag before STREAMCHAT_TOKEN", "an empty token is none"])
+        (("--host", "localhost", "--model", "offline"), {"GENAI_MODEL_ID": "gemini-x", "GOOGLE_API_KEY": "none"}),
+        (("--host", "0.0.0.0", "--token", TOKEN), {"STREAMCHAT_TOKEN": "another", "GENAI_MODEL_ID": "offline"}),
+        ((), {"STREAMCHAT_TOKEN": ""}),
+    ], ids=["the model's flag before the environment", "the token's flag", "an empty token is none"])
     @beside
     def test_flags_and_environment_choose_host_model_and_token(self, serve, flags, more):
-        host = dict(zip(flags[::2], flags[1::2], strict=True)).get("--host", "127.0.0.1")
-        try:
-            socket.create_server((host, 0), family=socket.getaddrinfo(host, 0)[0][0]).close()
-        except OSError:
-            pytest.skip(f"this machine has no {host}")
         server = serve(*flags, "--chunk-delay", "0", **more)
         assert server.get("/")["model"] == server.turn("Hi").info["model"] == "offline"
 
@@ -3052,38 +3027,17 @@ class TestConfiguration:
         response = server.request("POST", "/sessions/new", {"model_id": "gemini-x"})
         assert "GOOGLE_API_KEY" in check_problem(response, 400, "invalid_field")["detail"]
 
-    @on_linux
-    def test_it_opens_as_many_files_as_the_system_allows(self):
-        import resource  # Windows lacks it
-
-        command = ["sh", "-c", 'ulimit -Sn 64; exec "$0" "$@"', sys.executable, str(SERVER), "--port", "0"]
-        with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE) as process:
-            try:
-                assert any(line.startswith(b"Serving on") for line in process.stdout)
-                soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-            finally:
-                process.kill()
-        assert soft == hard
-
-    @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]],
-                             ids=["Ctrl-C", "several"])
     @beside
-    def test_a_signal_lets_a_short_turn_complete_and_tells_the_statistics(self, serve, numbers):
+    def test_signals_let_a_short_turn_complete_and_the_statistics_are_told(self, serve):
+        assert serve().end("terminate") == 0, "a signal may come at once"
         server = serve("--chunk-delay", "0.05")
         stream = server.chat("word " * 60)
         stream.read_until("chunk")
-        for number in numbers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             server.process.send_signal(number)
         assert stream.check().end["finish_reason"] == "stop"
         assert server.process.wait(PATIENCE) == 0
         assert re.search(r"total.requests\D*1\b", server.log(), re.IGNORECASE)
-
-    @beside
-    def test_a_signal_may_come_at_once(self, serve):
-        for pause in (0, 0.002, 0.02):
-            server = serve()
-            time.sleep(pause)
-            assert server.end("terminate") == 0
 
     @beside
     def test_a_new_turn_while_the_server_shuts_down_is_refused(self, serve):
@@ -3100,20 +3054,6 @@ class TestConfiguration:
         check_overloaded(server.response(connection, close=False))
         assert server.response(connection).json["active_sessions"] == 1, "the refused turn made a session"
         stream.abort()
-
-    @beside
-    def test_a_server_whose_output_is_closed_serves(self):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-        command = f"exec {sys.executable} {SERVER} --port {port} --chunk-delay 0 >&- 2>&-"
-        process = subprocess.Popen(["sh", "-c", command], env=environment())
-        try:
-            server = Server("127.0.0.1", port, ("--chunk-delay", "0"))
-            assert wait_until(server.is_there)
-            server.turn("Hello")
-        finally:
-            process.kill()
-            process.wait(PATIENCE)
 
     @pytest.mark.parametrize("level", ["full", "brief", "off"])
     @beside
@@ -3193,13 +3133,10 @@ BROKEN = failure(500, "INTERNAL", "An internal error has occurred.")
 ANSWERS = None
 GEMINI_REFUSALS = [     # name; what each try gets, the last one also those after it; end, tries, what it names
     ("bad key", [BAD_KEY], "model_auth", 1, "GEMINI_API_KEY"),
-    ("key repeated often", [failure(400, "INVALID_ARGUMENT", "<key>" * 50)], "model_error", 1, "[key]"),
     ("bad request", [failure(400, "INVALID_ARGUMENT", "It has a bad argument.")], "model_error", 1, "bad argument"),
-    ("unauthenticated", [failure(401, "UNAUTHENTICATED", "Wrong credentials.")], "model_auth", 1, "401"),
     ("forbidden", [failure(403, "PERMISSION_DENIED", f"<key>, {STRANGERS_KEY} leaked.")], "model_auth", 1, "403"),
     ("no such model", [failure(404, "NOT_FOUND", "It is not found.")], "model_not_found", 1, "GENAI_MODEL_ID"),
     ("bad gateway", [b"<html><title>502 Bad Gateway</title>" + b"<p>Wait.</p>" * 500], "model_error", 1, "502"),
-    ("error without text", [{"error": {"code": 418}}], "model_error", 1, "418"),
     ("busy and broken once", [BUSY, BROKEN, ANSWERS], "stop", 3, ""),
     ("quota", [QUOTA], "model_overloaded", 3, "quota"),
     ("busy", [BUSY], "model_overloaded", 3, "overloaded"),
@@ -3215,7 +3152,6 @@ GEMINI_STREAMS = [      # name; texts, responses, bytes and seconds to wait, in 
     ("error first", [BUSY], "model_overloaded", "", "overloaded"),
     ("error as bare lines", ["Half an ", json.dumps(BROKEN, indent=2).encode()], "model_error", "Half an ", "500"),
     ("error after a reason", [last("Half an "), BROKEN], "model_error", "Half an ", "500"),
-    ("bad key in the middle", ["Half an ", BAD_KEY], "model_auth", "Half an ", "GEMINI_API_KEY"),
     # It is cut.
     ("cut before text", [CUT], "model_cut", "", ""),
     ("cut in the middle", ["Half an ", CUT], "model_cut", "Half an ", ""),
@@ -3223,19 +3159,15 @@ GEMINI_STREAMS = [      # name; texts, responses, bytes and seconds to wait, in 
     ("reset in the middle", ["Half an ", RESET], "model_cut", "Half an ", ""),
     ("no JSON", ["Half an ", b"data: <html>\n\n"], "model_cut", "Half an ", ""),
     ("no finish reason", ["Half an ", "answer"], "model_cut", "Half an answer", ""),
-    ("no specified reason", ["Half an ", last("", "FINISH_REASON_UNSPECIFIED")], "model_cut", "Half an ", ""),
-    ("nothing at all", [], "model_cut", "", ""),
     # It is blocked.
-    *((f"prompt blocked by {word}", [{"promptFeedback": {"blockReason": word}}], "model_blocked", "", word)
-      for word in ("PROHIBITED_CONTENT", "OTHER", "JAILBREAK")),
+    ("blocked prompt", [{"promptFeedback": {"blockReason": "JAILBREAK"}}], "model_blocked", "", "JAILBREAK"),
     ("blocked answer", [says(finish="SAFETY")], "model_blocked", "", "SAFETY"),
     ("blocked after text", ["Once upon ", says(finish="RECITATION")], "content_filter", "Once upon ", ""),
-    ("blocked by a new reason", ["Once upon ", says(finish="MODEL_ARMOR")], "content_filter", "Once upon ", ""),
     # It has no text.
     ("no text", [last("")], "model_error", "", "STOP"),
     ("too long thought", [says(THOUGHT), says(finish="MAX_TOKENS")], "model_error", "", "MAX_TOKENS"),
     *((f"only {word}", [says(finish=word)], "model_error", "", word) for word in (
-        "STOP", "OTHER", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "LANGUAGE", "MOON_PHASE")),
+        "OTHER", "MALFORMED_FUNCTION_CALL", "LANGUAGE", "MOON_PHASE")),
     # It has a finish reason.
     ("unheard of", ["Text", says(finish="MOON_PHASE")], "other", "Text", ""),
     ("last reason counts", [last("One "), last("two.", "MAX_TOKENS")], "length", "One two.", ""),
@@ -3243,8 +3175,6 @@ GEMINI_STREAMS = [      # name; texts, responses, bytes and seconds to wait, in 
     ("slow", ["One ", 0.4, last("two.")], "stop", "One two.", ""),
     ("thoughts", [says(THOUGHT), says(THOUGHT, "Answer", SIGNED, finish="STOP")], "stop", "Answer.", ""),
     ("empty texts", ["", says({}), "One.", "", last("")], "stop", "One.", ""),
-    ("empty lines", [b"\r\n\r\n", "One.", b"\r\n", says(finish="STOP")], "stop", "One.", ""),
-    ("two candidates", [{"candidates": last("One.")["candidates"] + last("B")["candidates"]}], "stop", "One.", ""),
     ("unknown fields", [says({"text": "One.", "mood": 1}, finish="STOP", weather={"sun": 1})], "stop", "One.", ""),
     ("usage last", [last("One."), {"usageMetadata": USAGE_WITH_THOUGHTS}], "stop", "One.", ""),
     ("usage first", ["One.", says(finish="STOP", usage=None)], "stop", "One.", ""),
@@ -3398,21 +3328,14 @@ def ends(gemini, stand_in):
 
 ON_VERTEX = {"GOOGLE_GENAI_USE_VERTEXAI": "true"}
 VARIABLES = [           # name, variables; path and key of the request
-    ("both keys, and an API version", {"GEMINI_API_KEY": "one", "GOOGLE_API_KEY": "two",
+    ("both keys, and an API version", {"GEMINI_API_KEY": "one", "GOOGLE_API_KEY": " two\n",
                                        "GOOGLE_GENAI_API_VERSION": "v1alpha"}, "/v1alpha", "two"),
-    ("a key with white space around it", {"GEMINI_API_KEY": " one\n"}, "/v1", "one"),
     ("Vertex", {"GEMINI_API_KEY": "one"} | ON_VERTEX, "/v1beta1/publishers/google", "one"),
-    ("Enterprise", {"GOOGLE_API_KEY": "two", "GOOGLE_GENAI_USE_ENTERPRISE": "1"}, "/v1beta1/publishers/google", "two"),
 ]
-NO_PROXY_THERE = {"GOOGLE_GEMINI_BASE_URL": "http://gemini.invalid", "HTTP_PROXY": "http://127.0.0.1:9"}
 UNREACHABLE = [         # name, variables; the code, and what the message names
     ("no such port", {"GOOGLE_GEMINI_BASE_URL": "http://127.0.0.1:9"}, "model_cut", "ConnectError"),
     ("a SOCKS proxy without its package", {"ALL_PROXY": "socks5://127.0.0.1:9"}, "model_error", "ALL_PROXY"),
-    ("a proxy of an unknown kind", {"HTTPS_PROXY": "bogus://127.0.0.1"}, "model_error", "HTTPS_PROXY"),
-    ("a proxy that is not there", NO_PROXY_THERE, "model_error", "HTTP_PROXY"),
     ("a missing certificate", {"SSL_CERT_FILE": "/nonexistent"}, "model_error", "SSL_CERT_FILE"),
-    ("a file that is no certificate", {"SSL_CERT_FILE": __file__}, "model_error", "SSL_CERT_FILE"),
-    ("no URL", {"GOOGLE_GEMINI_BASE_URL": "localhost"}, "model_error", "GOOGLE_GEMINI_BASE_URL"),
     ("no login", {"GOOGLE_APPLICATION_CREDENTIALS": "/nonexistent"} | ON_VERTEX, "model_auth", "/nonexistent"),
 ]
 
@@ -3537,11 +3460,6 @@ class TestModels:
 
 # ---- README, "Models": functions of your own. --model test_protocol:on_command does what the message says.
 
-class EvilError(Exception):
-    def __str__(self):
-        raise ValueError
-
-
 class Waiting:
     """Waits for a minute after its first piece, or until it is closed. A file tells which."""
 
@@ -3573,26 +3491,15 @@ def slow():
         yield "word "
 
 
-def failing(kind, text, held=None):
+def failing(kind, text):
     yield "Half an "
     raise kind(text)
-
-
-def failing_in_the_end(text):
-    try:
-        yield 5
-    finally:
-        raise ValueError(text)
 
 
 def silent_or_echo(history):
     if history[-1].text == "silent":
         time.sleep(60)
     yield history[-1].text
-
-
-def endless(history):
-    return itertools.repeat("word ")
 
 
 def gemini_anew(variables, history):
@@ -3611,14 +3518,10 @@ COMMANDS = {            # command: its answer, by the argument and the history
     "waits with a number": lambda file, _: Waiting(file, 5),
     "deaf": lambda file, _: deaf(file),
     "slow": lambda *_: slow(),
-    "endless": lambda _, history: endless(history),
+    "endless": lambda *_: itertools.repeat("word "),
     "no text": lambda *_: ["", ""],
-    "a number": lambda *_: [5],
     "fails": lambda text, _: failing(ValueError, text),
-    "fails with a file": lambda text, _: failing(ValueError, text, socket.socket()),
-    "fails in an evil way": lambda text, _: failing(EvilError, text),
     "leaves": lambda text, _: failing(SystemExit, text),
-    "fails in the end": lambda text, _: [next(failing_in_the_end(text))],   # nothing closes that generator
 }
 
 
@@ -3630,28 +3533,8 @@ def on_command(history):
 
 ON_COMMAND = ("--model", "test_protocol:on_command")
 COMMANDED, BRIEF = (*ON_COMMAND, "--chunk-delay", "0", "--log", "off"), (*ON_COMMAND, "--log", "brief")
-SENDS_ARE_SLOW_OR_FAIL = """
-sent, send = [], server.Handler.send
-
-def slow_send(handler, data):
-    if b'"session_info"' in data and b'"cut"' in data:
-        raise ConnectionResetError
-    server.time.sleep(0.2)
-    send(handler, data)
-    sent.append(data)
-
-server.Handler.send = slow_send
-server.offline = lambda history: [str(any(b'"session_info"' in data for data in sent))]
-"""
 # What the server does without is there for a function.
 NEEDS_MORE = "\nimport http.client, streamchat_server\nhttp.client.HTTPSConnection, urllib.request.HTTPSHandler\n"
-GOES_WRONG = [          # command, the answer's text, what the full log tells
-    ("fails", "Half an ", "ValueError: SECRET"),
-    ("leaves", "Half an ", "SystemExit: SECRET"),
-    ("fails in an evil way", "Half an ", "EvilError"),
-    ("a number", "", "TypeError"),
-    ("fails in the end", "", "ValueError: SECRET"),
-]
 
 
 @pytest.fixture
@@ -3676,13 +3559,7 @@ class TestModelsOfYourOwn:
         end = commanded.chat("no text").check().end
         assert end["code"] == "model_error" and "(stop)" in end["message"]
 
-    def test_session_info_leaves_before_it_is_asked_and_it_is_asked_even_if_that_fails(self, serve):
-        server = serve("--chunk-delay", "0", changes=SENDS_ARE_SLOW_OR_FAIL)
-        assert server.chat("Hi").check().text == "True"
-        with pytest.raises(Cut):
-            server.chat("Hi", session_id="cut")
-        assert wait_until(lambda: server.history("cut"))
-
+    @beside
     def test_the_readmes_function_is_found_in_the_current_folder_and_streams_from_a_local_server(self, serve, tmp_path):
         with StandIn() as local:
             text = replaced(block("python", "# local.py"), ("http://127.0.0.1:11434", local.url))
@@ -3699,58 +3576,33 @@ class TestModelsOfYourOwn:
             assert wait_until(lambda: "ConnectionError" in server.log())
             server.excuse_log()
 
-    @cases(GOES_WRONG)
+    @pytest.mark.parametrize("command, told", [("fails", "ValueError"), ("leaves", "SystemExit")])
     @pytest.mark.parametrize("flags", [COMMANDED, BRIEF], ids=["off", "brief"])
-    def test_what_goes_wrong_in_it_is_a_model_error_and_only_the_log_has_details(self, own, case, flags):
-        command, text, told = case
+    def test_what_goes_wrong_in_it_is_a_model_error_and_only_the_log_has_details(self, own, command, told, flags):
         server, session = own(*flags), new_id()
         turn = server.chat(f"{command}: SECRET", session_id=session).check()
-        assert (turn.text, turn.end["code"], server.history(session)) == (text, "model_error", [])
+        assert (turn.text, turn.end["code"], server.history(session)) == ("Half an ", "model_error", [])
         assert "SECRET" not in turn.end["message"]
-        told = f"trouble error={told.removesuffix(': SECRET')}" if flags is BRIEF else told
+        told = f"trouble error={told}" if flags is BRIEF else f"{told}: SECRET"
         assert wait_until(lambda: told in server.log())
-        if flags is BRIEF:
-            assert "SECRET" not in server.log()
-        else:
-            server.excuse_log()
+        assert flags is COMMANDED or "SECRET" not in server.log()
+        server.excuse_log()
 
     def test_one_that_yields_no_strings_is_closed(self, own, tmp_path):
         turn = own(*BRIEF).chat(f"waits with a number: {tmp_path / 'state'}").check()
         assert turn.end["code"] == "model_error"
         assert wait_until(lambda: (tmp_path / "state").read_text() == "closed")
 
-    @on_linux
-    def test_what_a_failed_one_held_is_let_go(self, own):
-        server = own(*BRIEF)
-        files = Path(f"/proc/{server.process.pid}/fd")
-        server.chat("fails with a file").check()
-        before = len(list(files.iterdir()))
-        for _ in range(20):
-            assert server.chat("fails with a file").check().end["code"] == "model_error"
-        assert wait_until(lambda: len(list(files.iterdir())) <= before)
-
-    @on_linux
-    def test_it_alone_has_all_processors(self, commanded, own):
-        processors, server = os.sched_getaffinity(0), own("--chunk-delay", "0", "--log", "off")
-        assert os.sched_getaffinity(commanded.process.pid) == processors
-        one = sorted(processors)[server.address[1] % len(processors)]
-        assert os.sched_getaffinity(server.process.pid) == {one}
-
-    @pytest.mark.parametrize("name", ["nothing:model", "json:nothing", "json:__doc__", ":", "json:"])
-    def test_what_cannot_be_imported_is_refused_in_one_line(self, name):
-        assert "--model offline" in refuses("--model", name)
+    def test_what_cannot_be_imported_is_refused_in_one_line(self):
+        names = "nothing:model", "json:nothing", "json:__doc__", ":", "json:"
+        for said in refused(*(["--port", "0", "--model", name] for name in names)):
+            assert "--model offline" in said and "\n" not in said
 
     def test_a_request_cannot_name_one(self, commanded):
         response = commanded.request("POST", "/sessions/new", {"model_id": "test_protocol:on_command"})
         check_problem(response, 400, "invalid_field")
 
-    def test_an_endless_one_is_stopped(self, own):
-        server, session = own(*BRIEF), new_id()
-        stream = server.chat("endless", session_id=session)
-        stream.read_until("chunk", 3)
-        assert server.stop(session) and stream.check().end["finish_reason"] == "cancelled"
-        assert server.turn("Hi", session_id=session).text == "Hi"
-
+    @beside
     def test_whatever_ends_a_turn_closes_it(self, serve, tmp_path):
         flags = (*ON_COMMAND, "--resume-window", "0.2", "--heartbeat", "0.2")
         server = serve(*flags, changes="server.LIMITS['grace'] = 0.2")
@@ -3766,18 +3618,17 @@ class TestModelsOfYourOwn:
             end()
             assert wait_until(lambda file=files[name]: file.read_text() == "closed")
 
+    @beside
     def test_one_that_cannot_be_closed_counts_as_running_until_it_returns(self, serve, tmp_path):
         server = serve(*ON_COMMAND, "--max-connections", "8")
         for number in range(8):
             stream = server.chat(f"deaf: {tmp_path / 'file'}", session_id=f"s{number}")
             stream.read_until("chunk")
             assert server.stop(f"s{number}") and stream.check().end["finish_reason"] == "cancelled"
-        for _ in range(3):
-            assert wait_until(server.is_there)      # a connection that is about to end counts, too
-            check_problem(server.request("POST", "/chat/stream", {"message": "Hi"}), 503, "overloaded")
+        assert wait_until(server.is_there)      # a connection that is about to end counts, too
+        check_problem(server.request("POST", "/chat/stream", {"message": "Hi"}), 503, "overloaded")
         (tmp_path / "file").touch()
         assert wait_until(lambda: server.request("POST", "/chat/stream", {"message": "Hi"}).status == 200)
-        assert wait_until(lambda: server.request("GET", "/health").json.get("active_sessions") == 9)
 
     @beside
     def test_one_that_is_silent_for_two_minutes_is_cut_and_closed(self, serve, tmp_path):
@@ -3868,11 +3719,6 @@ def write_at(offset, data):
     return change
 
 
-def cut_off(size):
-    """Cut a file to its size as this function tells it."""
-    return lambda file: os.truncate(file, size(file.stat().st_size))
-
-
 def replace_by(*statements):
     """Another program's file of SQLite."""
     def change(file):
@@ -3882,24 +3728,16 @@ def replace_by(*statements):
 
 
 REFUSED_FILES = [       # name, what is done to a good file
-    ("another program's file", replace_by("CREATE TABLE notes (id INTEGER PRIMARY KEY, text TEXT)")),
-    ("another program's file with tables of these names",
-     replace_by("CREATE TABLE sessions (id)", "CREATE TABLE turns (id)", "PRAGMA user_version = 1")),
+    ("another program's file", replace_by("CREATE TABLE sessions (id)", "CREATE TABLE turns (id)",
+                                          "PRAGMA user_version = 1")),
     ("a text", lambda file: file.write_text("Dear diary,\n" * 1000)),
     ("a folder", lambda file: (file.unlink(), file.mkdir())),
-    ("a link to itself", lambda file: (file.unlink(), file.symlink_to(file))),
     ("a missing folder", lambda file: shutil.rmtree(file.parent)),
     ("a turn without its session", lambda file: changed(file, "DELETE FROM sessions")),
     ("a newer schema", lambda file: changed(file, "PRAGMA user_version = 99")),
-    ("version 1 of this program", lambda file: changed(file, "PRAGMA user_version = 1")),
-    ("a table that is gone", lambda file: changed(file, "DROP TABLE turns")),
     ("a column of another name", lambda file: changed(file, "ALTER TABLE turns RENAME COLUMN turn_id TO turn")),
-    ("another page size", write_at(16, b"\x02\x00")),
-    ("a first page of noise", write_at(100, random.Random(1).randbytes(412))),
-    ("a damaged list of sessions", write_at(4096, b"\xff" * 4096)),
     ("a damaged page of turns", write_at(20 * 4096, b"\xff" * 4096)),
-    ("half of it", cut_off(lambda size: size // 2)),
-    ("all but its last byte", cut_off(lambda size: size - 1)),
+    ("half of it", lambda file: os.truncate(file, file.stat().st_size // 2)),
 ]
 
 
@@ -3916,14 +3754,6 @@ def whole_turns(messages):
 @ours
 class TestPersistence:
     """With --db FILE a complete turn survives every end of the server; a turn that cannot be kept is not complete."""
-
-    @on_linux
-    def test_without_the_flag_no_file_is_opened(self, serve, tmp_path):
-        server = serve(TMPDIR=str(tmp_path), HOME=str(tmp_path))
-        server.turn("Hi", session_id="s")
-        opened = Path(f"/proc/{server.process.pid}/fd").iterdir()
-        assert {path.name for path in opened if path.is_file()} == {"1", "2"}, "another file than the log"
-        assert os.listdir(tmp_path) == []
 
     @beside
     def test_a_restart_forgets_nothing_and_sends_the_same_bytes(self, serve, tmp_path):
@@ -3994,39 +3824,6 @@ class TestPersistence:
         assert server.chat(**request).check(**request) == turn and rows(file) == 1
 
     @beside
-    def test_a_kill_at_any_moment_loses_no_turn_and_leaves_no_half(self, serve, tmp_path):
-        """Three kills; `.ci/soak kills` has hundreds."""
-        chance, sent = random.Random(1), {session: [] for session in ("a", "b", "c")}
-
-        def talk(server, session):
-            """Send turns until the server is gone. The last one may have been kept or not."""
-            with contextlib.suppress(OSError, Cut):
-                while True:
-                    turn = {"message": f"{len(sent[session])} " + "word " * 300, "turn_id": f"t{len(sent[session])}"}
-                    sent[session].append((turn, None))
-                    sent[session][-1] = turn, server.turn(session_id=session, **turn)
-        file = tmp_path / "chat.db"
-        with ThreadPoolExecutor(len(sent)) as pool:
-            for _ in range(3):
-                server = serve(*ON_DISK, "--db", str(file))
-                talks = [pool.submit(talk, server, session) for session in sent]
-                time.sleep(chance.uniform(0.1, 0.3))
-                server.end()
-                for done in talks:
-                    done.result()
-            server = serve(*ON_DISK, "--db", str(file))
-            for session, turns in sent.items():
-                kept = whole_turns(server.session(session)["messages"])
-                complete = {turn["turn_id"] for turn, seen in turns if seen}
-                assert complete <= kept.keys() and len(complete) > 1
-                for turn, seen in turns:
-                    again = server.chat(session_id=session, **turn).check(**turn)
-                    assert seen in (None, again), "the log is another one"
-                assert whole_turns(server.session(session)["messages"]).keys() == {turn["turn_id"] for turn, _ in turns}
-            with read_only(file) as reader:
-                assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-
-    @beside
     def test_an_answer_is_on_disk_before_it_is_sent_and_files_are_for_their_owner_alone(self, serve, tmp_path):
         file = tmp_path / "chat.db"
         server = serve(*ON_DISK, "--db", str(file))
@@ -4094,16 +3891,6 @@ class TestPersistence:
         server.excuse_log()     # both errors are right there
 
     @beside
-    def test_the_limit_of_sessions_holds_where_the_disk_is_slow(self, serve, tmp_path):
-        file = tmp_path / "chat.db"
-        with ThreadPoolExecutor(12) as pool:
-            server = serve(*ON_DISK, "--db", str(file), changes="server.LIMITS['sessions'] = 5")
-            with locked(server, file):
-                made = [pool.submit(server.request, "POST", "/sessions/new") for _ in range(12)]
-                time.sleep(0.3)     # they wait for the file
-            assert sorted(done.result().status for done in made) == [200] * 5 + [503] * 7
-
-    @beside
     def test_a_file_serves_one_server_at_a_time(self, serve, tmp_path):
         file = tmp_path / "chat.db"
         server = serve(*ON_DISK, "--db", str(file))
@@ -4160,23 +3947,6 @@ class TestPersistence:
             check_problem(clearing.result(), 404, "session_not_found")
             assert other.check().end["message_count"] == 4
 
-    @beside
-    def test_turns_may_end_at_once_while_others_read_the_file(self, serve, tmp_path):
-        file = tmp_path / "chat.db"
-        server = serve(*ON_DISK, "--db", str(file))
-        server.turn("Hi", session_id="s")
-
-        def talk(session):
-            for number in range(3):
-                turn = server.turn("word " * 30, session_id=session)
-                assert turn.end["message_count"] == len(server.history(session)) == 2 * number + 2
-        with read_only(file) as reader:
-            reader.execute("BEGIN")
-            assert reader.execute("SELECT count(*) FROM turns").fetchone() == (1,)
-            in_parallel(talk, [new_id() for _ in range(8)])
-            assert reader.execute("SELECT count(*) FROM turns").fetchone() == (1,)
-        assert rows(file) == 25
-
 
 # ---- README, "Reloading". The files of the server that change are copies.
 
@@ -4211,12 +3981,6 @@ def save(path, text):
     new = path.with_suffix(".new")
     new.write_text(text, "utf-8")
     new.replace(path)
-
-
-def save_in_place(path, text):
-    with path.open("r+", encoding="utf-8") as file:
-        file.write(text)
-        file.truncate()
 
 
 def save_slowly(path, text):
@@ -4275,12 +4039,6 @@ class TestReloading:
                 server.excuse_log()     # it has a traceback
                 assert server.turn("Hi").end["message_count"] == 2
                 assert server.stats()["start_time"] == before
-            server.chat(LONG).read_until("chunk")      # so that the old server takes its time to end
-            save(program, good.replace("VERSION = ", "VERSION = 3 #", 1))
-            time.sleep(1)       # it has passed its trial, perhaps
-            save(program, good + "(")
-            assert wait_until(lambda: "The old one goes on" in server.log())
-            server.excuse_log()
             save(program, good)
             set_version(program, "newer")
             wait_for_version(server, "newer")
@@ -4288,28 +4046,24 @@ class TestReloading:
     @beside
     def test_no_change_is_missed_however_the_file_is_saved(self, serve):
         with reloading(serve) as (server, program):
-            for saved in (save_in_place, save_slowly):
-                set_version(program, saved.__name__, saved)
-                wait_for_version(server, saved.__name__)
+            set_version(program, "slow", save_slowly)
+            wait_for_version(server, "slow")
             for number in range(6):
                 set_version(program, number)
                 time.sleep(0.15)
             wait_for_version(server, "5")
-            before = server.stats()["start_time"]
             page = program.with_name("demo.html")
             save(page, page.read_text("utf-8") + "<!-- new -->")
-            assert wait_until(lambda: server.stats()["start_time"] != before)
-            assert server.request("GET", "/demo").body.endswith(b"<!-- new -->")
+            assert wait_until(lambda: server.request("GET", "/demo").body.endswith(b"<!-- new -->"))
 
-    @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
     @beside
-    def test_without_a_database_a_private_one_is_kept_until_the_server_ends(self, serve, name):
+    def test_without_a_database_a_private_one_is_kept_until_the_server_ends(self, serve):
         with reloading(serve) as (server, program):
             server.turn("Hi")
             files = {program, program.with_name("demo.html")}
             [private] = set(program.parent.iterdir()) - files
             assert private.stat().st_mode & 0o777 == 0o700
-            server.process.send_signal(getattr(signal, name))
+            server.process.send_signal(signal.SIGINT)
             assert server.process.wait(PATIENCE) == 0
             assert set(program.parent.iterdir()) == files
 
@@ -4352,13 +4106,12 @@ def nginx(server, *changes):
     return in_nginx(one, ("127.0.0.1:8000", "{}:{}".format(*server.address)), *changes)
 
 
+BEHIND = (*CALM, "--allow-host", "chat.example.com")
+
+
 @ours
 class TestReverseProxy:
     """README, "Reverse proxy": lines come live, cuts and problems pass as they are."""
-
-    @pytest.fixture
-    def server(self, own):
-        return own(*CALM, "--allow-host", "chat.example.com")
 
     def lines(self, address, method, path, body=None):
         """The lines of a stream through the proxy, each as it comes. (nginx keeps X-Accel-Buffering to itself.)"""
@@ -4377,13 +4130,15 @@ class TestReverseProxy:
         ([], False), ([("proxy_buffering off;", ""), ("proxy_http_version 1.1;", "")], False),
         ([("proxy_buffering off;", "proxy_ignore_headers X-Accel-Buffering;"), ("proxy_http_version 1.1;", "")], True),
     ], ids=["as it stands", "the server's header alone", "with buffering, as a control"])
-    def test_chunks_arrive_live(self, server, changes, late):
-        with nginx(server, *changes) as address:
+    @beside
+    def test_chunks_arrive_live(self, own, changes, late):
+        with nginx(own(*BEHIND), *changes) as address:
             lateness = self.lateness(address, 30)
         assert (statistics.median(lateness) > 0.1) is late, lateness
 
-    def test_a_cut_client_lets_the_turn_go_on_and_resumes(self, server):
-        session, body = new_id(), {"message": "word " * 40}
+    @beside
+    def test_a_cut_client_lets_the_turn_go_on_and_resumes(self, own):
+        server, session, body = own(*BEHIND), new_id(), {"message": "word " * 40}
         with nginx(server) as address:
             stream = self.lines(address, "POST", "/chat/stream", {**body, "session_id": session})
             first = [next(stream) for _ in range(5)]
@@ -4393,8 +4148,9 @@ class TestReverseProxy:
         assert rest[:2] == first[:2]
         check_turns(server, [(session, check_turn(first + rest[2:], message=body["message"], **server.pace).text)])
 
-    def test_bodies_problems_and_its_own_name_pass(self, server):
-        body = {"message": "hi", "padding": ""}
+    @beside
+    def test_bodies_problems_and_its_own_name_pass(self, own):
+        server, body = own(*BEHIND), {"message": "hi", "padding": ""}
         body["padding"] = "x" * ((2 << 20) - len(json.dumps(body)))
         with nginx(server) as address:
             proxy = Server(*address)
@@ -4406,15 +4162,6 @@ class TestReverseProxy:
                 answer = ask(proxy, "POST", "/chat/stream", f"Origin: {origin}", host=host, body={"message": "Hi"})
                 assert answer.status == status
                 assert status == 403 or check_turn(answer.body.splitlines(keepends=True), message="Hi", **server.pace)
-
-    def test_a_server_that_died_looks_cut(self, serve):
-        server = serve("--log", "off")
-        with nginx(server) as address:
-            stream = self.lines(address, "POST", "/chat/stream", {"message": "word " * 40})
-            next(stream)
-            server.process.kill()
-            with pytest.raises(Cut):
-                list(stream)
 
 
 class ManyServers:
@@ -6696,12 +6443,9 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 COMMAND = [sys.executable, "-I", "-c", WITHOUT_PYTEST, __file__, "proxy"]
-WRONG_PROXIES = [       # what cannot work, the arguments, what the last line says
-    ("no server named", (), "--to"), ("no such server", ("--to", "http://127.0.0.1:1"), "refused"),
-    ("a port out of range in the URL", ("--to", "http://127.0.0.1:99999"), "Port"),
-    ("a chance of more than 1", ("--to", "http://127.0.0.1:1", "--cut", "2"), "--cut"),
-    ("a port in use", ("--to", "{url}", "--port", "{port}"), "{port}"),
-    ("a port out of range", ("--to", "{url}", "--port", "65536"), "0-65535"),
+WRONG_PROXIES = [       # arguments of what cannot work, what the last line says
+    ((), "--to"), (("--to", "http://127.0.0.1:1"), "refused"), (("--to", "http://127.0.0.1:99999"), "Port"),
+    (("--to", "http://127.0.0.1:1", "--cut", "2"), "--cut"), (("--to", "{url}", "--port", "{port}"), "{port}"),
 ]
 
 
@@ -6726,48 +6470,40 @@ class TestTheProxy:
             process.kill()
             process.wait(PATIENCE)
 
+    @beside
     def test_the_readmes_client_gets_whole_answers_through_the_command(self, instant, tmp_path):
         with self.command(instant, "--cut", "0.3", "--repeat", "0.3", "--seed", "5") as (url, printed):
             check_turns(instant, [turn[:2] for turn in chat_in_python(url, 10, tmp_path)])
         shown = re.compile(r"[0-9:.]{12}  'POST /sessions/\S+/stream HTTP/1\.1'  (cut|repeat)( after \d+ bytes)?")
         assert {shown.fullmatch(line)[1] for line in printed} == {"cut", "repeat"}
 
-    def test_it_prints_escapes_for_what_a_client_sends(self, instant):
-        with self.command(instant, "--cut", "1", "--split", "--delay", "0.001") as (url, printed):
-            connection = Connection((urlsplit(url).hostname, urlsplit(url).port))
-            connection.send(b"POST /chat/stream?\x1b[2J\x9b\xff HTTP/1.1\r\n\r\n")
-            connection.file.read()
-            connection.close()
-        assert [line.split("  ")[1] for line in printed] == 2 * [r"'POST /chat/stream?\x1b[2J\x9b\xff HTTP/1.1'"]
-        assert printed[0].endswith("delay, split") and "  cut after " in printed[1]
-
-    @cases(WRONG_PROXIES)
-    def test_what_cannot_work_is_told(self, instant, case):
-        _, arguments, told = case
+    @beside
+    def test_what_cannot_work_is_told(self, instant):
         values = {"url": url_of(instant), "port": instant.address[1]}
-        done = subprocess.run([*COMMAND, *(each.format(**values) for each in arguments)], capture_output=True,
-                              encoding="utf-8", timeout=PATIENCE, check=False)
-        assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr, done
-        assert told.format(**values) in done.stderr.splitlines()[-1]
+        for arguments, told in WRONG_PROXIES:
+            done = subprocess.run([*COMMAND, *(each.format(**values) for each in arguments)], capture_output=True,
+                                  encoding="utf-8", timeout=PATIENCE, check=False)
+            assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr, done
+            assert told.format(**values) in done.stderr.splitlines()[-1]
 
     def read(self, server, fault):
         """All bytes of an answer with this fault, and the seconds that they took."""
-        target = server and server.address
-        with Proxy(target, [fault]) as proxy, contextlib.closing(Connection(proxy.address)) as client:
+        with Proxy(server.address, [fault]) as proxy, contextlib.closing(Connection(proxy.address)) as client:
             client.send(chat_request({"message": TEXT}, "Connection: close"))
             began = time.monotonic()
             return client.file.read(), time.monotonic() - began
 
-    def test_a_cut_leaves_so_many_bytes_or_comes_before_certain_ones(self, instant):
+    @beside
+    def test_each_fault_is_what_it_says(self, instant):
         for size in (0, 1, 900):
             assert len(self.read(instant, Fault(cut=size))[0]) == size
         read, _ = self.read(instant, Fault(cut=b'"chunk_number":3'))
         assert b'"chunk_number":2' in read and read.endswith(b'",')
-        assert self.read(None, Fault(instead=CANCELLED))[0] == CANCELLED
         with pytest.raises(ConnectionResetError):
             self.read(instant, Fault(cut=900, reset=True))
-
-    def test_a_stall_leaves_the_connection_open_and_a_delay_comes_before_each_piece(self, instant):
+        for fault in (Fault(delay=0.2), Fault(delay=0.0002, split=True)):
+            read, seconds = self.read(instant, fault)
+            assert len(read) > 1000 and seconds >= 0.2
         with Proxy(instant.address, [Fault(stall=900)]) as proxy:
             with contextlib.closing(Connection(proxy.address)) as client:
                 client.send(chat_request({"message": TEXT}))
@@ -6776,16 +6512,11 @@ class TestTheProxy:
                 with pytest.raises(TimeoutError):
                     client.socket.recv(1)
             assert wait_until(lambda: not proxy.links), "a client that left is still served"
-        for fault in (Fault(delay=0.2), Fault(delay=0.0002, split=True)):
-            read, seconds = self.read(instant, fault)
-            assert len(read) > 1000 and seconds >= 0.2
-
-    def test_the_server_sees_a_repeated_request_twice(self, instant):
-        with Proxy(instant.address) as proxy:
             proxy.fault_of = lambda line: Fault(repeat=True)
             answer = Server(*proxy.address).request("POST", "/sessions/new", {"session_id": new_id()})
         check_problem(answer, 409, "session_exists")
 
+    @beside
     def test_a_connection_is_kept_and_each_answer_has_its_own_fault(self, instant):
         session = new_id()
         with Proxy(instant.address, [Fault(split=True), Fault(cut=900)]) as proxy:
@@ -6797,13 +6528,12 @@ class TestTheProxy:
             connection.send(http_request("GET", f"/sessions/{session}/stream"))
             assert len(connection.file.read()) == 900
             connection.close()
-            assert len(Server(*proxy.address).answers(2 * http_request("GET", "/health"))) == 2
-            assert wait_until(lambda: not proxy.links), "a half close does not pass on"
-        assert proxy.connections == 2
+        assert proxy.connections == 1
         assert [line.split()[1] for line in proxy.requests] == [
-            "/chat/stream", "/health", f"/sessions/{session}/stream", "/health", "/health"]
+            "/chat/stream", "/health", f"/sessions/{session}/stream"]
 
-    def test_each_side_learns_that_the_other_left_and_another_server_may_follow(self, server, instant):
+    @beside
+    def test_each_side_learns_that_the_other_left(self, server):
         session = new_id()
         with Proxy(server.address) as proxy:
             through = Server(*proxy.address)
@@ -6814,12 +6544,6 @@ class TestTheProxy:
             with pytest.raises(Cut):
                 stream.read()
             stream.connection.close()
-            with pytest.raises(ConnectionRefusedError):
-                through.connect()
-            proxy.target = instant.address
-            proxy.up()
-            through.request("POST", "/sessions/new", {"session_id": session[::-1]})
-        assert session[::-1] in instant.session_ids() - server.session_ids()
 
 
 # ---- The suite is tested, too

@@ -2067,36 +2067,31 @@ CODINGS = ("", " ", " gzip", " identity", " chunked, gzip", " chunked, identity"
 EXPECT = "Expect: 100-continue"         # the refusal comes instead of `100 Continue`
 BAD_HEADS = [           # rule, its source, status, code, requests that break it
     ("a request line is METHOD TARGET HTTP/d.d, with one space each", "RFC 9112, section 3", 400, "bad_request", lines(
-        "Hello", "GET", "GET /health", "GET HTTP/1.1", "GET  HTTP/1.1", "/health HTTP/1.1", "GET /health HTTP/1.1 ",
-        "GET /health HTTP/1.1 x", "GET  /health HTTP/1.1", "GET /health  HTTP/1.1", "GET\t/health HTTP/1.1",
-        "GET /health\tHTTP/1.1", " GET /health HTTP/1.1", "\tGET /health HTTP/1.1", "GET /health HTTP/1.1\t",
-        "GET /a b HTTP/1.1", "G(T /health HTTP/1.1", "G\xcbT /health HTTP/1.1", "GET: /health HTTP/1.1")),
+        "Hello", "GET /health", "GET  HTTP/1.1", "GET /health HTTP/1.1 ", "GET /health HTTP/1.1 x",
+        "GET  /health HTTP/1.1", "GET /health  HTTP/1.1", "GET\t/health HTTP/1.1", "GET /health\tHTTP/1.1",
+        " GET /health HTTP/1.1", "GET /a b HTTP/1.1", "G(T /health HTTP/1.1", "GET: /health HTTP/1.1")),
     ("a version is HTTP/d.d", "RFC 9112, section 2.3", 400, "bad_request", raw(
         "GET /health ?\r\nHost: localhost\r\n\r\n",
-        "HTTP/1", "HTTP/1.", "HTTP/.1", "HTTP/", "HTTP", "HTTP/1.10", "HTTP/01.1", "HTTP/1.1.1", "http/1.1", "Http/1.1",
-        "HTTP/ 1.1", "HTTP /1.1", "HTTP/1 .1", "HTTP/x.1", "HTTP/1.x", "HTTP/1,1", "HTTP/11", "HTTP/-1.1", "HTTP/+1.1",
-        "HTTP/1.\xb2", "HTTP/1.\xd9\xa1", "HTTPS/1.1", "XHTTP/1.1", "HTTP\\1.1")),
+        "HTTP/1", "HTTP/1.", "HTTP/.1", "HTTP", "HTTP/1.10", "HTTP/01.1", "HTTP/1.1.1", "http/1.1", "HTTP/ 1.1",
+        "HTTP/x.1", "HTTP/1,1", "HTTP/11", "HTTP/+1.1", "HTTP/1.\xb2", "HTTP/1.\xd9\xa1", "HTTPS/1.1")),
     ("another version is not served", "RFC 9110, section 15.6.6", 505, "version_not_supported", [
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", *raw("GET /health HTTP/?\r\nHost: localhost\r\n\r\n",
                                                   "0.0", "0.9", "2.0", "2.1", "3.0", "9.9")]),
     ("a target is a path or a URL in ASCII", "RFC 9112, section 3.2", 400, "bad_request", [
         *(get(line=f"GET {target} HTTP/1.1") for target in (
-            "health", "*", "#", "/health#x", "/h\xe9", "?x", "localhost", "localhost:80", "http:/health",
-            "http:health", "http://", "http:///health", "http://:80/health", "http://x@localhost/health",
-            "http://localhost:x/health", "http://localhost:123456/health", "http://[::1/health", "http://localhost#x",
-            "ftp://localhost/health", "file:///health", "ws://localhost/health", "javascript:alert(1)")),
-        *lines("POST * HTTP/1.1", "OPTIONS * HTTP/1.1", "CONNECT localhost:80 HTTP/1.1", "OPTIONS ** HTTP/1.1")]),
+            "health", "*", "/health#x", "/h\xe9", "?x", "localhost:80", "http:/health", "http://", "http:///health",
+            "http://:80/health", "http://x@localhost/health", "http://localhost:x/health",
+            "http://localhost:123456/health", "http://[::1/health", "http://localhost#x", "ftp://localhost/health")),
+        *lines("OPTIONS * HTTP/1.1", "CONNECT localhost:80 HTTP/1.1")]),
     ("there is one Host, also beside a URL", "RFC 9112, section 3.2", 400, "bad_request", [
         request_head("GET /health HTTP/1.1"), get("Host: localhost"), get("X: x", "HOST: example.com"),
         request_head("GET http://localhost/health HTTP/1.1"), request_head("BREW /nope HTTP/1.1"),
         request_head("GET /health HTTP/1.0", "Host: a", "Host: a")]),
     ("a Host is a name or an address, and a port", "RFC 9110, section 7.2", 400, "bad_request", [
         request_head("GET /health HTTP/1.0", "Host: a b"), *hosts(
-            "", " ", "\t \t", "a b", "localhost, localhost", "user@localhost", "user:word@localhost", "localhost/",
-            "localhost/health", "localhost?x", "localhost#x", "localhost\\x", "http://localhost", "//localhost", ":80",
-            "localhost:x", "localhost:-1", "localhost:+80", "localhost: 80", "localhost:80:80", "localhost:123456",
-            "[::1", "::1", "[]", "[::1]x", "[localhost]", "[:::1]", "[127.0.0.1]", "[::1]:x", "<localhost>",
-            '"localhost"', "\xe9")]),
+            "", "\t \t", "a b", "localhost, localhost", "user@localhost", "localhost/", "localhost?x", "localhost\\x",
+            "http://localhost", ":80", "localhost:x", "localhost:+80", "localhost: 80", "localhost:80:80",
+            "localhost:123456", "[::1", "::1", "[]", "[::1]x", "[localhost]", "[:::1]", '"localhost"', "\xe9")]),
     ("no white space comes before the first field", "RFC 9112, section 2.2", 400, "bad_request", raw(
         "POST /chat/stream HTTP/1.1\r\n?Host: localhost\r\n\r\n",
         " ", "\t", " X: x\r\n", "\tX: x\r\n", " \r\n", "\t\r\n")),
@@ -2300,9 +2295,9 @@ class TestHttp:
             assert connection.at_end()
             assert seconds - (idle or 0) - 0.1 < took < seconds + 5, (case, idle, took)
         in_parallel(lambda row: check(*row), itertools.product(SLOW_REQUESTS, (None, 0)), workers=14)
-        connection = server.connect()
-        took = send_slowly(connection, post("Content-Length: 24")[:-4], b"\r\n\r\n" + HI + b" " * 8, 0.04)
-        assert server.response(connection).status == 200 and took > 0.8, "each part was in time"
+        connection = own(*SERVERS["fast"], changes="server.LIMITS.update(head_time=0.4, body_time=9)").connect()
+        took = send_slowly(connection, post("Content-Length: 24"), HI + b" " * 8, 0.03)
+        assert server.response(connection).status == 200 and took > 0.6, "the body has a time of its own"
 
     @ours
     def test_past_max_connections_a_new_one_is_refused_and_the_others_are_served(self, own):

@@ -634,10 +634,11 @@ def level(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def signals():
-    """A job in a shell's background ignores these, and our servers and clients would inherit that."""
+    """A job in a shell's background, or under nohup, ignores some; our servers and clients would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if hasattr(signal, "SIGQUIT"):
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    for number in (signal.SIGHUP, signal.SIGQUIT) if os.name == "posix" else ():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)      # a child has the default then
 
 
 def cases(table):
@@ -3128,7 +3129,7 @@ BROKEN = failure(500, "INTERNAL", "An internal error has occurred.")
 ANSWERS = None
 GEMINI_REFUSALS = [     # name; what each try gets, the last one also those after it; end, tries, what it names
     ("bad key", [BAD_KEY], "model_auth", 1, "GEMINI_API_KEY"),
-    ("bad request", [failure(400, "INVALID_ARGUMENT", "It has a bad argument.")], "model_error", 1, "bad argument"),
+    ("bad request", [failure(400, "INVALID_ARGUMENT", "A bad argument: \u00e9.")], "model_error", 1, "bad argument: \u00e9"),
     ("forbidden", [failure(403, "PERMISSION_DENIED", f"<key>, {STRANGERS_KEY} leaked.")], "model_auth", 1, "403"),
     ("no such model", [failure(404, "NOT_FOUND", "It is not found.")], "model_not_found", 1, "GENAI_MODEL_ID"),
     ("bad gateway", [b"<html><title>502 Bad Gateway</title>" + b"<p>Wait.</p>" * 500], "model_error", 1, "502"),

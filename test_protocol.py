@@ -1765,9 +1765,12 @@ class TestOperations:
         session = new_id()
         server.chat(LONG, session_id=session).read(3).abort()
         assert wait_until(lambda: server.readers(session) == [0])
-        response = server.request("HEAD", f"/sessions/{session}/stream?after=1")
+        connection = server.connect()
+        connection.send(http_request("HEAD", f"/sessions/{session}/stream?after=1", *server.fields))
+        response = server.response(connection, "HEAD", close=False)
         assert (response.status, response.headers["content-type"]) == (200, "application/x-ndjson")
         assert server.readers(session) == [0]
+        connection.close()
 
     @sessions
     def test_the_root_and_openapi_describe_every_route(self, fast):

@@ -1209,15 +1209,17 @@ class TestOnTheWire:
 
     @core
     def test_every_turn_sees_the_messages_before_it_and_may_follow_at_once(self, fast):
-        session = new_id()
+        session, streams = new_id(), []
         for count in range(0, 40, 2):
-            stream = fast.chat("Hello", session_id=session)
+            streams.append(stream := fast.chat("Hello", session_id=session, turn_id=f"t-{count}"))
             assert stream.read_until("complete")["message_count"] == count + 2
             now = fast.session(session)
             assert (now["message_count"], now["streaming"]) == (count + 2, False)
             turn = stream.check(message="Hello")
             assert turn.status["context_messages"] == count and re.search(rf"\b{count}\b", turn.text)
         assert fast.turn("Hello").status["context_messages"] == 0
+        first = fast.chat("Hello", session_id=session, turn_id="t-0").read()
+        assert first.lines == streams[0].lines, "only the last turns can be sent again"
 
     @strict
     def test_the_connection_serves_on_and_pipelined_requests_are_answered_in_order(self, fast):

@@ -4282,81 +4282,49 @@ class TestManyServers:
             assert many.sessions() == before
 
 
-# ---- README, "Terminal client": as a library, in scripts and at a terminal. Its servers are real or play a script.
+# ---- README, "Terminal client": as a library, in scripts and at a terminal. Servers are real or scripted.
 
 MAY_PASS = [            # what a server does once, and its bytes
     *((f"status {status}", refusal(status)) for status in (408, 429, 502, 503, 504)),
-    ("a long page in a 502", refusal(502, "Content-Type: text/html", body=b"<p>Bad gateway</p>" * 9_000)),
     ("nothing", b""),
-    ("a status line that is cut", b"HTTP/1.1 20"),
-    ("a reason that is cut", b"HTTP/1.1 409 Conf"),
-    ("a status line and no more", b"HTTP/1.1 404 Not Found\r\n"),
     ("a head that is cut in a field", b"HTTP/1.1 404 Not Found\r\nContent-Le"),
-    ("a head that is cut after a field", b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n"),
     ("a problem that is cut", refusal(409)[:-1]),
-    ("no lines", stream_of()),
     ("an end without a terminal event", coded(*TURN[:4])),
-    ("no transfer chunk of size 0", coded(*TURN[:4])[:-5]),
-    ("a size of a transfer chunk that is no number", coded(*TURN[:3])[:-5] + b"x\r\n"),
-    ("half a terminal event", stream_of(*TURN)[:-10]),
-    ("a terminal event without its newline", stream_of(*TURN)[:-1]),
     ("a missing chunk", stream_of(INFO, STATUS, *CHUNKS[1:], COMPLETE)),
     ("the last chunks are missing", stream_of(INFO, STATUS, *CHUNKS[:1], COMPLETE)),
-    ("a total_chunks that is too high", stream_of(*TURN[:-1], line_of("complete", total_chunks=4))),
     ("an error that may pass", stream_of(*TURN[:3], SHUTDOWN)),
     ("an earlier run of the turn, and a cut", stream_of(OTHER_INFO, STATUS, *CHUNKS[:2])),
 ]
 UNEXPECTED = "unexpected", "unexpected answer"
-ENDLESS = b"2" * 300_000    # a client that reads on takes its end for a cut
 STAYS = [               # what a server sends, the code and the words of what the client raises, the scripts
     ("a status that is final", "so", "Because I say so.",
      [refusal(status) for status in (400, 401, 403, 404, 409, 413, 500, 501)]),
-    ("a refusal without a problem", "", "400 No", [
-        refusal(400, body=body) for body in (b"", b"<html>", b"[" * 60_000, b'{"detail":1,"code":2}')]),
-    ("an empty refusal in transfer chunks", "", "403 No", [coded().replace(b"200 OK", b"403 No")]),
+    ("a refusal without a problem", "", "400 No",
+     [refusal(400, body=body) for body in (b"<html>", b"[" * 60_000, b'{"detail":1,"code":2}')]),
     ("a redirect", "unexpected", "redirects to http://there.example/",
      [refusal(302, "Location: http://there.example/")]),
-    ("an error that is not retryable", "", "No key", [
-        stream_of(*TURN[:3], line_of("error", message="No key.", retryable=False)),
-        stream_of(INFO, line_of("error", message="No key."))]),
+    ("an error that is not retryable", "", "No key.", [stream_of(INFO, line_of("error", message="No key."))]),
     ("a line that is no event", *UNEXPECTED, [stream_of(INFO, line + b"\n") for line in (
-        b"Hello", b"<html>", b'{"type":"\xff"}', b"[1]", b"[" * 60_000, b'{"text":"Hello"}', b'{"type":["chunk"]}',
-        b'{"type":"chunk","text":"","chunk_number":%b}' % (b"9" * 5000), b'{"type":"chunk","chunk_number":1}',
-        b'{"type":"chunk","text":1,"chunk_number":1}', b'{"type":"chunk","text":"","chunk_number":"1"}',
-        b'{"type":"error","code":"model_error"}')]),
-    ("a line of more than 64 KiB, or without end", *UNEXPECTED, [
-        stream_of(INFO, line_of("status", message="x" * 70_000)), stream_of(INFO, ENDLESS)]),
-    ("a head without end", *UNEXPECTED, [
-        b"HTTP/1.1 " + ENDLESS, b"HTTP/1.1 200 OK\r\nX: " + ENDLESS, b"HTTP/1.1 200 OK\r\n" + 1000 * b"X: y\r\n"]),
-    ("something that is not HTTP", *UNEXPECTED, [b"HTTP/1.1 abc def\r\n", b"SSH-2.0-OpenSSH_10.2\r\n"]),
+        b"Hello", b'{"type":"\xff"}', b"[1]", b"[" * 60_000, b'{"text":"Hello"}', b'{"type":["chunk"]}',
+        b'{"type":"chunk","text":1,"chunk_number":1}', b'{"type":"error","code":"model_error"}')]),
+    ("a line of more than 64 KiB", *UNEXPECTED, [stream_of(INFO, line_of("status", message="x" * 70_000))]),
+    ("something that is not HTTP", *UNEXPECTED, [b"SSH-2.0-OpenSSH_10.2\r\n"]),
 ]
 PART = [stream_of(info, STATUS, *CHUNKS[:count]) for info, count in ((INFO, 1), (INFO, 2), (OTHER_INFO, 2))]
-IN_VAIN = [             # what a server does, its scripts, the code of what the client raises after the last of them
-    ("it is too busy", 9 * [refusal(503)], "so"), ("it stops", 9 * [stream_of(SHUTDOWN)], "server_shutdown"),
-    ("it hangs up", 9 * [b""], "cut"), ("it cuts at the same place", 9 * [PART[1]], "cut"),
-    ("a chunk comes at the last try, and another one", [*8 * [b""], PART[0], *7 * [b""], PART[1], *8 * [b""]], "cut"),
-    ("other runs come no further", [PART[1], *4 * [PART[2], PART[1]]], "cut"),
+IN_VAIN = [             # what a server does, and its scripts; after the last one the client gives up
+    ("a chunk comes at the last try, and another", [*8 * [b""], PART[0], *7 * [b""], PART[1], *8 * [b""]]),
+    ("other runs come no further", [PART[1], *4 * [PART[2], PART[1]]]),
 ]
-WAITS = [               # Retry-After (RFC 9110, section 10.2.3), the seconds that the client waits at least and at most
-    ("7", 7, 7), ("3600", 60, 60), ("Thu, 31 Dec 2099 23:59:59 GMT", 60, 60),
-    *((value, 0.1, 0.2) for value in ("", "0", "-7", "soon", "1e1", "Sun Nov  6 08:49:37 1994",
-                                      "Thu, 31 Dec 99999999999 23:59:59 GMT")),
+WAITS = [               # Retry-After (RFC 9110, section 10.2.3), the seconds that the client waits at least
+    ("7", 7), ("3600", 60), ("Thu, 31 Dec 2099 23:59:59 GMT", 60), ("", 0.1), ("-7", 0.1), ("soon", 0.1),
+    ("Sun Nov  6 08:49:37 1994", 0.1), ("Thu, 31 Dec 99999999999 23:59:59 GMT", 0.1),
 ]
-AFTER_A_STOP = [        # what the server has, its answer to GET, the code of what the client raises
-    ("the rest", stream_of(INFO, STATUS, *CHUNKS[1:], COMPLETE), None),
-    ("no turn any more", refusal(404), "so"),
-    ("the turn of another client", stream_of(*TURN).replace(b"t-1", b"t-2"), "lost"),
-]
-BAD_URLS = ["", "localhost:8000", "ftp://localhost", "http://", "http:///chat", "http://:80", "http://me@localhost",
-            "http://localhost:0", "http://localhost:65536", "http://localhost:x", "http://localhost/?a=b",
-            "http://localhost/#a", "http://local host", "http://localhost/\r\nX: y", "http://localhost\0",
-            "http://[::1", "http://a..b", "http://localhost/caf\u00e9"]
 
 
 class ScriptedServer(Proxy):
-    """It answers each POST of a message with the next script, and other requests with the page of their path, or 404.
+    """It answers each POST of a message with the next script, and other requests with the page of their path.
 
-    Scripts and pages are bytes, after which the connection ends.
+    Scripts and pages are bytes, after which the connection ends. Where there is no page, it answers 404.
     """
 
     def __init__(self, *scripts, pages=()):
@@ -4377,64 +4345,51 @@ def library():
 
 
 class Chat:
-    """What the library yields, raises and waits for when it sends a message. A retry is an event here, too."""
+    """What the library yields, raises and waits for when it sends a message."""
 
-    def __init__(self, library, url, before_retry=lambda turn: None, turn_id=""):
-        self.kinds, self.chunks, self.pauses, self.trouble, self.session = [], [], [], None, new_id()
+    def __init__(self, library, url, before_retry=lambda turn: None):
+        self.text, self.kinds, self.pauses, self.error, self.session = "", [], [], None, new_id()
 
         def wait(error, number, seconds):
-            self.kinds.append("retry")
             self.pauses.append(seconds)
             before_retry(turn)
-        turn = library.Turn(library.Api(url), TEXT, self.session, turn_id)
+        turn = library.Turn(library.Api(url), TEXT, self.session, "t-1")
         try:
             for event in turn.run(wait):
-                assert json.loads(turn.line) == event
                 self.kinds.append(event["type"])
                 if event["type"] == "session_info":     # another run begins
-                    self.chunks = []
+                    self.text = ""
                 elif event["type"] == "chunk":
-                    self.chunks.append(event["text"])
-                    assert event["chunk_number"] == len(self.chunks)
+                    self.text += event["text"]
         except library.ChatError as error:
-            self.trouble = error
-
-    @property
-    def text(self):
-        assert not self.trouble, self.trouble
-        return "".join(self.chunks)
+            self.error = error
+        assert (turn.session_id, turn.turn_id) == (self.session, "t-1"), "a retry has the same ids"
 
 
 @ours
 class TestClientLibrary:
-    """README, "Client recipe": `Api` tries transient failures again, raises others, and loses or doubles no word."""
+    """README, "Client recipe": transient failures are retried, others raised; no text is lost or doubled."""
 
     def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, library):
+        # Blank lines, unknown events and unknown fields do no harm.
+        odd = [b"\r\n \n", line_of("news", text=1), b"\n", CHUNKS[0].replace(b"}", b',"mood":[]}')]
         with ScriptedServer() as server:
-            for answer in (stream_of(*TURN), coded(*TURN)):
+            for answer in (stream_of(*TURN), coded(*TURN[:2], *odd, *TURN[3:])):
                 ends = [match.end() for match in re.finditer(b"\n", answer)]
                 near = {end + step for end in ends for step in (-2, -1, 0, 1)}
                 whole = answer.index(COMPLETE) + len(COMPLETE)
-                for cut in sorted({*range(0, len(answer), 7), *near}):
+                for cut in sorted({*range(0, len(answer), 20), *near}):
                     server.faults = iter([answer[:cut], answer])
                     chat = Chat(library, server.url)
-                    assert (chat.text, len(chat.pauses)) == ("".join(WORDS), cut < whole), cut
+                    assert chat.error is None and chat.text == "".join(WORDS), cut
+                    assert len(chat.pauses) == (cut < whole), cut
                     assert chat.kinds.count("session_info") == chat.kinds.count("complete") == 1, cut
-
-    def test_each_try_is_one_post_on_its_own_connection_and_the_server_has_the_turn_once(self, library, fast):
-        cuts = places_to_cut(fast, 97)
-        with Proxy(fast.address, [*cut_once(cuts), *BYTE_BY_BYTE]) as proxy:
-            chats = [Chat(library, proxy.url) for _ in range(len(cuts) + 1)]
-        check_turns(fast, [(chat.session, chat.text) for chat in chats])
-        assert [len(chat.pauses) for chat in chats] == [*len(cuts) * [1], 0]
-        assert len(proxy.requests) == proxy.connections == 2 * len(cuts) + 1
-        assert all(re.match("POST /sessions/[^/]+/stream ", line) for line in proxy.requests)
 
     @cases(MAY_PASS)
     def test_a_transient_failure_is_retried(self, library, case):
         with ScriptedServer(case[1], stream_of(*TURN)) as server:
             chat = Chat(library, server.url)
-            assert (chat.text, len(server.requests)) == ("".join(WORDS), 2)
+            assert (chat.text, chat.error, len(server.requests)) == ("".join(WORDS), None, 2)
 
     @cases(STAYS)
     def test_any_other_failure_is_raised_as_one_sentence(self, library, case):
@@ -4442,231 +4397,149 @@ class TestClientLibrary:
         for script in scripts:
             with ScriptedServer(script, stream_of(*TURN)) as server:
                 chat = Chat(library, server.url)
-                assert (chat.trouble.code, chat.trouble.retryable) == (code, False), (script, chat.trouble)
-                assert words in str(chat.trouble) and "\n" not in str(chat.trouble), script
+                assert (chat.error.code, chat.error.retryable) == (code, False), (script, chat.error)
+                assert words in str(chat.error) and "\n" not in str(chat.error), script
                 assert (len(server.requests), chat.pauses) == (1, []), script
 
     @cases(IN_VAIN)
     def test_the_client_gives_up_after_eight_retries_without_a_new_chunk(self, library, case):
-        _, scripts, code = case
-        with ScriptedServer(*scripts, stream_of(*TURN)) as server:
+        with ScriptedServer(*case[1], stream_of(*TURN)) as server:
             chat = Chat(library, server.url)
-            assert (chat.trouble.code, chat.trouble.retryable, len(server.requests)) == (code, True, len(scripts))
+            assert (chat.error.code, len(server.requests)) == ("cut", len(case[1]))
         for seconds, longest in zip(chat.pauses[-8:], [0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
             assert longest / 2 <= seconds <= longest
 
     def test_the_server_may_ask_for_a_longer_pause(self, library):
-        for value, least, most in WAITS:
-            with ScriptedServer(refusal(503, *[f"Retry-After: {value}"] * bool(value)), stream_of(*TURN)) as server:
+        for value, least in WAITS:
+            with ScriptedServer(refusal(503, f"Retry-After: {value}"), stream_of(*TURN)) as server:
                 [seconds] = Chat(library, server.url).pauses
-                assert least <= seconds <= most, value
+                assert least <= seconds <= max(least, 0.2), value
 
-    @cases(AFTER_A_STOP)
-    def test_after_a_stop_the_turn_is_never_posted_again(self, library, case):
-        _, rest, code = case
+    def test_after_a_stop_the_turn_is_never_posted_again(self, library):
         with ScriptedServer(PART[0], stream_of(*TURN)) as server:
             def stop(turn):
-                path = f"/sessions/{turn.session_id}/st"
-                server.pages |= {path + "op": page_of({"stopped": True}), path + "ream?after=1": rest}
+                path = f"/sessions/{turn.session_id}/"
+                server.pages[path + "stop"] = page_of({"stopped": True})
+                server.pages[path + "stream?after=1"] = stream_of(INFO, STATUS, *CHUNKS[1:], COMPLETE)
                 assert turn.stop()
-            chat = Chat(library, server.url, before_retry=stop, turn_id="t-1")
+            chat = Chat(library, server.url, before_retry=stop)
             assert [line[:4] for line in server.requests if "/stream" in line] == ["POST", "GET "]
-        assert chat.chunks == (WORDS[:1] if code else WORDS) and (chat.trouble and chat.trouble.code) == code
+        assert chat.error is None and chat.text == "".join(WORDS)
 
-    def test_blank_lines_unknown_events_and_unknown_fields_do_no_harm(self, library):
-        lines = [b"\r\n \n", *TURN[:2], line_of("news", text=1), line_of("ping", status=200), *CHUNKS[:1], b"\n",
-                 line_of("news"), line_of("retry"), CHUNKS[1].replace(b"}", b',"mood":[]}'), *TURN[4:]]
-        lines = [line.replace(b"\n", b"\r\n") for line in lines]
-        with ScriptedServer(stream_of(*lines[:6]), coded(*lines)) as server:
-            chat = Chat(library, server.url)
-        assert chat.text == "".join(WORDS)
-        assert [kind for kind in chat.kinds if kind != "ping"] == [
-            "session_info", "status", "news", "chunk", "retry", "news", "retry", "chunk", "chunk", "complete"]
-
-    def test_a_silent_server_is_left_and_a_ping_breaks_a_silence(self, library, fast, own, monkeypatch):
+    def test_a_silent_server_is_left_and_a_ping_breaks_a_silence(self, library, own, monkeypatch):
         monkeypatch.setattr(library, "SILENCE", 1)
-        with Proxy(fast.address, [Fault(stall=900)]) as proxy:
+        server = own("--chunk-delay", "1.3", "--chunk-words", "12", "--heartbeat", "0.2")
+        with Proxy(server.address, [Fault(stall=800)]) as proxy:
             chat = Chat(library, proxy.url)
-        check_turns(fast, [(chat.session, chat.text)])
-        assert len(chat.pauses) == 1
-        chat = Chat(library, url_of(own("--chunk-delay", "1.3", "--chunk-words", "12", "--heartbeat", "0.2")))
-        assert chat.text and chat.pauses == [] and chat.kinds.count("ping") > 2
+        check_turns(server, [(chat.session, chat.text)])
+        assert len(chat.pauses) == 1 and "ping" in chat.kinds
 
-    def test_every_method_tells_what_the_server_tells(self, library, server):
-        session, api = new_id(), library.Api(url_of(server))
-        assert api.new_session(session)["session_id"] == session
-        assert api.new_session()["session_id"] in server.session_ids()
-        with pytest.raises(library.ChatError) as refused:
-            api.new_session(session)
-        assert (refused.value.code, refused.value.status) == ("session_exists", 409)
-        events = api.chat(LONG, session, "t-1")
-        assert next(event for event in events if event["type"] == "chunk")
-        assert [api.stop(session, turn) for turn in ("t-2", "t-1")] == [False, True]
-        assert [*events][-1]["finish_reason"] == "cancelled"
-        assert api.session(session)["messages"] == server.session(session)["messages"] != []
-        assert {session["session_id"] for session in api.sessions()} == server.session_ids()
-        assert api.health()["total_requests"] == api.stats()["total_requests"] == server.stats()["total_requests"]
-        api.clear(session)
-        assert server.history(session) == []
-        api.delete(session)
-        assert session not in server.session_ids()
-
-    def test_an_answer_that_is_cut_or_no_object_is_raised_and_a_session_of_20_mb_is_read(self, library):
-        whole, huge = page_of({"stopped": True}), b'{"messages":["%b"]}' % (b"x" * 20_000_000)
-        answers = [(whole[:cut], "cut") for cut in range(len(whole))]
-        answers += [(refusal(200, body=body), "unexpected") for body in (b"<html>", b"[]", b"[" * 9999)]
-        with ScriptedServer(pages={"/sessions/s": refusal(200, body=huge)}) as server:
-            api = library.Api(server.url)
-            for answer, code in answers:
-                server.pages["/sessions/s/stop"] = answer
-                with pytest.raises(library.ChatError) as raised:
-                    api.stop("s")
-                assert raised.value.code == code, answer
-            assert len(api.session("s")["messages"][0]) == 20_000_000
-        with scripted(refusal(413)) as server, pytest.raises(library.ChatError, match="Because I say so"):
-            library.Api(url_of(server)).new_session("s", "x" * (16 << 20))     # it is refused before it was sent
-
-    def test_a_bad_url_is_refused_and_a_path_and_ipv6_are_served(self, library, serve):
-        for url in BAD_URLS:
+    def test_a_bad_url_is_refused_and_a_path_is_kept(self, library):
+        for url in ("localhost:8000", "http://:80", "http://me@localhost", "http://localhost:0",
+                    "http://localhost/?a=b", "http://localhost/\r\nX: y", "http://localhost/caf\u00e9"):
             with pytest.raises(ValueError):  # noqa: PT011
                 library.Api(url)
         with ScriptedServer(pages={"/chat/api/health": page_of({"status": "healthy"})}) as server:
             assert library.Api(server.url + "/chat/api/").health() == {"status": "healthy"}
-        if Path("/proc/net/if_inet6").exists():
-            server = serve("--host", "::1", "--chunk-delay", "0")
-            assert Chat(library, f"http://[::1]:{server.address[1]}").text
 
 
 FIRST_LINE = WORDS[0] + "\n"
 RAW = "\x1b[2J\u009b\0\ufeff\u2028\r\n\n"
-ONE_CHUNK = [stream_of(INFO, line_of("chunk", text=text, chunk_number=1), line_of("complete")) for text in ("", RAW)]
-SCRIPTS = [             # what happens, the arguments, standard input, the server's script, the status, both outputs
-    ("the answer is empty", ("Hi",), b"", ONE_CHUNK[0], 0, "\n", ""),
-    ("the answer has raw controls and ends with newlines", ("Hi",), b"", ONE_CHUNK[1], 0, RAW, ""),
-    ("the model ends it early", ("Hi",), b"", PART[0] + line_of("complete", finish_reason="length\x1b"),
-     0, FIRST_LINE, "length"),
-    ("the server is not there", ("Hi",), b"", None, 1, "", "unreachable"),
-    ("the server refuses", ("Hi",), b"", refusal(409), 1, "", "Because I say so."),
-    ("it fails in hostile words", ("Hi",), b"", PART[0] + line_of("error", message="\x1b[2J\u009b"),
-     1, FIRST_LINE, "\\x1b[2J"),
-    ("the server cuts again and again", ("Hi",), b"", PART[0], 1, FIRST_LINE, "Connection lost."),
-    ("somebody stops it", ("Hi",), b"", PART[0] + line_of("complete", finish_reason="cancelled"),
-     1, FIRST_LINE, "was stopped."),
-    ("the server talks nonsense", ("Hi",), b"", stream_of(INFO, b"\x1b[2J\n"), 1, "", "unexpected answer"),
-    ("the message is blank", (" \n",), b"\n ", None, 2, "", "message"),
-    ("standard input is no UTF-8", (), b"\xff", None, 2, "", "UTF-8"),
-    ("the session is named new", ("--session", "new", "Hi"), b"", None, 2, "", "--session"),
-    ("the URL is none", ("--url", "localhost:8000", "Hi"), b"", None, 2, "", "--url"),
-    ("the token is bad", ("--token", "a b", "Hi"), b"", None, 2, "", "token"),
+SCRIPTS = [             # what happens, the server's script, the exit status, both outputs
+    ("the answer is empty", stream_of(INFO, line_of("complete")), 0, "\n", ""),
+    ("the answer has raw controls and ends with newlines",
+     stream_of(INFO, line_of("chunk", text=RAW, chunk_number=1), line_of("complete")), 0, RAW, ""),
+    ("it ends early", PART[0] + line_of("complete", finish_reason="length"), 0, FIRST_LINE, "length"),
+    ("the server is not there", None, 1, "", "unreachable"),
+    ("it fails in hostile words", PART[0] + line_of("error", message="\x1b[2J"), 1, FIRST_LINE, "\\x1b[2J"),
+    ("somebody stops it", PART[0] + line_of("complete", finish_reason="cancelled"), 1, FIRST_LINE, "stopped"),
+]
+WRONG = [               # arguments and standard input, what is said
+    ((" \n",), b"\n ", "no message"), ((), b"\xff", "not UTF-8"),
+    (("--session", "new", "Hi"), b"", "--session"), (("--token", "a secret", "Hi"), b"", "token"),
 ]
 PROGRAM = "import sys, streamchat_client as client; client.FIRST_PAUSE = 0; sys.exit(client.main())"
+NOWHERE = "http://127.0.0.1:1"
 
 
 def in_script(url, *arguments, rest="", stdin=b"", **more):
-    """Run the client in a shell, to its end. Returns its exit status and both outputs. `rest` is more shell text."""
+    """Run the client in a shell. Returns its exit status and both outputs. `rest` is more shell text."""
     command = shlex.join([sys.executable, "-c", PROGRAM, "--url", url, *arguments]) + " " + rest
     more |= {"PYTHONPATH": str(CLIENT.parent)}
     done = subprocess.run(["sh", "-c", command], input=stdin, capture_output=True, timeout=3 * PATIENCE,
                           env=environment(**more))
     err = done.stderr.decode()
-    assert "Traceback" not in err and "\x1b" not in err, err
+    assert "Traceback" not in err and "\x1b" not in err and "secret" not in err, err
     return done.returncode, done.stdout, err
+
+
+def printed(server, session, is_json):
+    """What the client prints to standard output for the only turn of a session."""
+    [_, (_, text)] = server.history(session)
+    return b"".join(server.follow(session).read().lines) if is_json else text.encode() + b"\n"
 
 
 @ours
 class TestScripts:
-    """README, "Terminal client": the bare answer is all of standard output, and the status tells how it ended."""
+    """README, "Terminal client": the bare answer is all of standard output; the status tells how it ended."""
 
     @cases(SCRIPTS)
     @beside
     def test_only_the_answer_goes_to_standard_output(self, case):
-        _, arguments, stdin, script, *expected, said = case
+        _, script, *expected, said = case
         with ScriptedServer(*9 * [script]) as server:
-            url = server.url if script else "http://127.0.0.1:1"
-            status, out, err = in_script(url, *arguments, stdin=stdin)
+            status, out, err = in_script(server.url if script else NOWHERE, "Hi")
         *tries, last = err.splitlines() or [""]
         assert [status, out.decode()] == expected and said in last and bool(said) == bool(last), (out, err)
-        assert status == 2 or all("Retrying in" in line for line in tries), err
+        assert all("Retrying in" in line for line in tries), err
 
     @beside
-    def test_the_message_is_the_argument_and_what_is_piped_and_a_session_goes_on(self, fast):
-        session = new_id()
-        for arguments, stdin, message in (((), b"\xc3\xa9 \r\n\n two\n", "\u00e9 \r\n\n two\n"),
-                                          (("\u2028:",), b"a\r\nb", "\u2028:\na\r\nb")):
-            done = in_script(url_of(fast), "--session", session, *arguments, stdin=stdin)
-            (_, sent), (_, answer) = fast.history(session)[-2:]
-            assert (sent, done) == (message, (0, answer.encode() + b"\n", ""))
-        assert "2 messages came before this one." in answer
+    def test_wrong_arguments_are_told(self):
+        for arguments, stdin, said in WRONG:
+            status, out, err = in_script(NOWHERE, *arguments, stdin=stdin)
+            assert (status, out) == (2, b"") and said in err.splitlines()[-1], arguments
 
     @beside
-    def test_a_token_comes_by_the_option_or_else_from_the_environment(self, own):
+    def test_a_token_comes_by_the_option_or_else_from_the_environment_and_is_never_shown(self, own):
         url = url_of(own("--token", TOKEN, "--chunk-delay", "0"))
         for options, variable in ((("--token", TOKEN), "other"), ((), TOKEN)):
             status, out, err = in_script(url, *options, "Hi", STREAMCHAT_TOKEN=variable)
             assert (status, err) == (0, "") and out.startswith(b"You said: Hi")
-        status, out, err = in_script(url, "Hi")
+        status, out, err = in_script(url, "Hi", STREAMCHAT_TOKEN="my-secret")
         assert (status, out, err.count("\n")) == (1, b"", 1) and "token" in err
 
     @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
     @beside
     def test_after_a_cut_the_run_goes_on_or_another_one_is_printed_from_its_start(self, fast, own, options):
-        for after in (fast, own(*INSTANT)):
-            with restarting(fast, after) as proxy:
-                status, out, err = in_script(proxy.url, *options, "--session", session := new_id(), TEXT)
-            text, lines = after.history(session)[1][1].encode() + b"\n", after.follow(session).read().lines
-            shown = b"".join(lines) if options else text
-            earlier = out.removesuffix(shown)
-            assert status == 0 and out.endswith(shown) and "Retrying" in err
-            if after is fast:
-                assert (earlier, err.count("\n")) == (b"", 1)
-            elif options:
-                assert [event_of(line)["type"] for line in earlier.splitlines()[:2]] == ["session_info", "status"]
-            else:
-                assert "run again" in err and earlier.strip() and text.startswith(earlier.removesuffix(b"\n"))
+        with restarting(fast, fast) as proxy:
+            status, out, err = in_script(proxy.url, *options, "--session", session := new_id(), TEXT)
+        assert (status, out, err.count("\n")) == (0, printed(fast, session, options), 1) and "Retrying" in err
+        with restarting(fast, another := own(*INSTANT)) as proxy:
+            status, out, err = in_script(proxy.url, *options, "--session", session := new_id(), TEXT)
+        shown = printed(another, session, options)
+        earlier = out.removesuffix(shown)
+        assert status == 0 and out.endswith(shown) and earlier.endswith(b"\n")
+        assert ("run again" in err) == (not options), "the lines of --json tell it"
 
     @beside
-    def test_an_output_that_is_closed_or_full_ends_it_and_errors_that_nobody_reads_do_no_harm(self, fast, own):
+    def test_an_output_that_nobody_reads_any_more_ends_the_answer(self, own):
         server, session = own(*CALM), new_id()
-        for options, rest in ((LONG,), "| head -c 10"), (("--json", LONG), "| head -c 10"), (("Hi",), ">&-"):
-            assert not in_script(url_of(server), "--session", session, *options, rest=rest)[2]
-            assert wait_until(lambda: not server.is_running(session), 5), rest
-        status, out, err = in_script(url_of(fast), "Hi", rest="> /dev/full")
-        assert (status, err.count("\n")) == (1, 1)
-        for nowhere in ("2>&-", "2> /dev/full"):
-            with Proxy(fast.address, [Fault(cut=900)]) as proxy:
-                status, out, _ = in_script(proxy.url, "Hi", rest=nowhere)
-            assert status == 0 and out.startswith(b"You said: Hi")
-
-    def interrupt(self, url, *arguments, output="stdout"):
-        """Send Ctrl-C as soon as something is on this output. Returns the exit status and all that was there."""
-        with subprocess.Popen([sys.executable, CLIENT, "--url", url, *arguments], bufsize=0, env=environment(),
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            first = getattr(process, output).read(1)
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=PATIENCE)
-        assert b"Traceback" not in err
-        return process.returncode, first + (out if output == "stdout" else err)
+        assert not in_script(url_of(server), "--session", session, LONG, rest="| head -c 10")[2]
+        assert wait_until(lambda: not server.is_running(session), 5)
 
     @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
     @beside
     def test_ctrl_c_stops_the_answer_and_keeps_what_was_printed(self, own, options):
         server, session = own(*CALM), new_id()
-        done = self.interrupt(url_of(server), "--session", session, *options, LONG)
-        lines = server.follow(session).read().lines
-        assert event_of(lines[-1])["finish_reason"] == "cancelled"
-        assert done == (130, b"".join(lines) if options else server.history(session)[1][1].encode() + b"\n")
-
-    @beside
-    def test_ctrl_c_ends_a_program_that_tries_again_and_a_second_one_whose_output_nobody_takes(self, fast):
-        status, said = self.interrupt("http://127.0.0.1:1", "Hi", output="stderr")
-        assert status == 130 and b"Retrying" in said and b"STOPPED" not in said
-        command = [sys.executable, CLIENT, "--url", url_of(fast), "--session", session := new_id(), "x" * 99_000]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment()) as process:
-            assert wait_until(lambda: session in fast.session_ids() and len(fast.history(session)) == 2)
-            for _ in range(2):
-                time.sleep(0.3)     # or two signals are one
-                process.send_signal(signal.SIGINT)
-            assert process.wait(PATIENCE) == 130
+        command = [sys.executable, CLIENT, "--url", url_of(server), "--session", session, *options, LONG]
+        with subprocess.Popen(command, bufsize=0, env=environment(), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            first = process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, err) == (130, b"")
+        assert event_of(server.follow(session).read().lines[-1])["finish_reason"] == "cancelled"
+        assert first + out == printed(server, session, options)
 
 
 # ---- The client at a terminal
@@ -4686,7 +4559,8 @@ def width(line):
 
 def raw_characters(text):
     """The characters of a log that would not stay in their line and place."""
-    return {character for character in text if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp")} - {"\n"}
+    moving = "Cc", "Cf", "Zl", "Zp"
+    return {character for character in text if unicodedata.category(character) in moving} - {"\n"}
 
 
 class Terminal:
@@ -4700,8 +4574,9 @@ class Terminal:
         self.shown, self.read = b"", 0
         self.outer, inner = pty.openpty()
         self.termios.tcsetwinsize(inner, (50, columns))
-        more = {"PYTHONIOENCODING": "utf-8", "TERM": "xterm", "COLUMNS": str(columns)} | more
-        self.process = subprocess.Popen(command, env=environment(**more), stdin=inner, stdout=inner, stderr=inner)
+        self.modes_before = self.modes      # before the program can change them
+        more = environment(**{"PYTHONIOENCODING": "utf-8", "TERM": "xterm", "COLUMNS": str(columns)} | more)
+        self.process = subprocess.Popen(command, env=more, stdin=inner, stdout=inner, stderr=inner)
         os.close(inner)
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
@@ -4756,13 +4631,14 @@ class Terminal:
 
 
 class TerminalChat(Terminal):
-    """The client in a pseudo-terminal. `changes` shrinks its limits; `home` keeps what one run leaves to the next."""
+    """The client in a pseudo-terminal. `changes` shrinks its limits; `home` is the folder of its history."""
 
     def __init__(self, url, *arguments, changes="pass", home=None, **more):
         self.folder, self.session = tempfile.TemporaryDirectory(), None
         self.home = home or Path(self.folder.name)
         # Ctrl-C reaches only a program that has the terminal as its own.
-        program = f"import os, sys, streamchat_client as client; os.login_tty(0); {changes}; sys.exit(client.main())"
+        program = ("import os, sys, streamchat_client as client; os.login_tty(0); "
+                   f"{changes}; sys.exit(client.main())")
         more |= {"HOME": str(self.home), "BROWSER": 'sh -c "echo $0 >> $HOME/opened" %s',
                  "PYTHONPATH": str(CLIENT.parent)}
         super().__init__([sys.executable, "-c", program, "--url", url, *arguments], **more)
@@ -4794,11 +4670,12 @@ class TerminalChat(Terminal):
         self.wait_for_prompt()
         assert time.monotonic() - pressed < 5 and rows_of(self.plain[begin:self.read])["Status"] == "STOPPED"
 
-    def leave(self):
-        """Leave by Ctrl-D. Returns the rows of the statistics."""
-        self.type(CTRL_D)
-        assert self.wait_for_end() == 0
-        return rows_of(self.plain[self.read:])
+    def lose(self, proxy):
+        """Let the server go away in the middle of an answer, and wait until the client has noticed it."""
+        self.begin("word " * 100)
+        self.wait("(word ){8}")
+        proxy.down()
+        self.wait("Retrying")
 
 
 @contextlib.contextmanager
@@ -4807,17 +4684,6 @@ def chatting(url, *arguments, **more):
     with TerminalChat(url, *arguments, **more) as chat:
         chat.wait_for_prompt()
         yield chat
-
-
-@contextlib.contextmanager
-def away(proxy, chat):
-    """In the middle of an answer the server cannot be reached for a while."""
-    chat.begin("word " * 100)
-    chat.wait("(word ){8}")
-    proxy.down()
-    chat.wait("Retrying")
-    yield
-    proxy.up()
 
 
 def rows_of(shown):
@@ -4832,7 +4698,7 @@ def check_boxes(shown, size=64):
 
 
 def check_shown(chat, server, session):
-    """The last answer on the screen is that of the history, but for white space: a notice of a cut has its own line."""
+    """The last answer on the screen is that of the history, but for white space and the notices of cuts."""
     shown = re.sub(NOTICE_OF_A_CUT, "", chat.plain.split(RULE + "\n")[-2], flags=re.MULTILINE)
     assert shown.split() and "".join(shown.split()) == "".join(server.history(session)[-1][1].split())
 
@@ -4841,25 +4707,20 @@ def questions(server, session):
     return [text for role, text in server.history(session) if role == "user"]
 
 
-CLIENT_COMMANDS = ["/help", "/stats", "/server", "/health", "/docs", "/demo", "/clear", "/quit", "/new", "/info",
-                   "/sessions", "/switch", "/reset", "/delete", "/history", "/retry"]
+CLIENT_COMMANDS = ["/help", "/stats", "/server", "/health", "/docs", "/demo", "/clear", "/quit", "/new",
+                   "/info", "/sessions", "/switch", "/reset", "/delete", "/history", "/retry"]
 NOT_SENT = [            # what is typed before the first message, what is said
-    ("/hlep", "Unknown command /hlep. Did you mean /help"), ("/xyzzy", "Unknown command /xyzzy. /help lists"),
-    ("/HELP", "Unknown command /HELP. Did you mean /help"), ("/", "Unknown command /. /help lists"),
-    ("/he", "Did you mean /help or /health"), ("/s", "Did you mean (/\\w+ or )+/switch"),
-    ("/help me", "/help takes no argument"), ("/switch", "/switch needs"), ("   ", ""),
-    ("/switch 9999999", "no such session. /sessions"), ("/switch nobody", "no such session. /sessions"),
-    *((f"/{name}", "no session yet") for name in ("info", "reset", "delete", "history")),
-    ("/retry", "nothing to send again"), ("/hel\t", "Show all commands"), ("/sess", "ALL ACTIVE SESSIONS"),
+    ("/HELP", "Unknown command /HELP. Did you mean /help"), ("/he", "Did you mean /help or /health"),
+    ("/help me", "/help takes no argument"), ("/switch", "/switch needs"), ("/reset", "no session yet"),
+    ("/switch nobody", "no such session. /sessions"), ("/retry", "nothing to send again"), ("   ", ""),
+    ("/sess", "ALL ACTIVE SESSIONS"),
 ]
 CURL = "curl -sS -X POST http://127.0.0.1:8000/sessions/" + "x" * 64 + "/stop"
+BUSY = {"detail": f"Busy. Stop it: {CURL}", "code": "session_busy"}
 TOLD = [                # what the server sends, what is said, whether /retry is offered
-    ([refusal(409, body=json.dumps({"detail": f"Busy. Stop it: {CURL}", "code": "session_busy"}).encode())],
-     f"Busy. Stop it: \n{CURL}\n", True),
+    ([refusal(409, body=json.dumps(BUSY).encode())], f"Busy. Stop it: \n{CURL}\n", True),
     ([PART[0] + line_of("error", code="model_auth", message="No key.")], "No key.\n", False),
-    ([PART[0] + line_of("complete", finish_reason="length")], r"The model ended the answer early \(length\).", False),
-    ([PART[0] + line_of("complete", finish_reason="cancelled")], "The answer was stopped.", False),
-    ([PART[0] + SHUTDOWN, stream_of(OTHER_INFO, *TURN[1:])], "stops. Retrying.*Generating response again", False),
+    ([PART[0] + SHUTDOWN, stream_of(OTHER_INFO, *TURN[1:])], "stops. Retrying.*response again", False),
 ]
 
 
@@ -4869,93 +4730,61 @@ class TestTerminal:
 
     @beside
     def test_an_answer_stands_between_two_rules_above_a_box(self, fast):
-        session, message = new_id(), "Wide \u91cf\u5b50 \U0001f600 \U0001f5a5\ufe0f, na\u00efve"
-        with chatting(url_of(fast), "--session", session) as chat:
-            assert re.match(rf"\S+ STREAMABLE HTTP CHAT CLIENT \S+\n\S+ Connected to {url_of(fast)} ", chat.plain)
+        session, wide = new_id(), "word \u91cf\u5b50 \U0001f600 \U0001f5a5\ufe0f " * 40 + "\u91cf" * 100
+        with chatting(url_of(fast), "--session", session, COLUMNS="200") as chat:
+            assert f"Connected to {url_of(fast)} " in chat.plain
             assert chat.session is None and session not in fast.session_ids()
-            shown = [chat.enter(message), chat.enter("And now?")]
+            first, second = chat.enter("Hi!"), chat.enter(wide)
             assert chat.session == session[:8] + "..."
-        check_boxes("\n".join(shown))
-        total = event_of(fast.follow(session).read().lines[-1])["total_chunks"]
-        for text, context, (_, answer) in zip(shown, (0, 2), fast.history(session)[1::2], strict=True):
-            assert (f"\U0001f4ad Generating response... (Context: {context} messages)\n\n"
-                    f"\U0001f916 AI Response (HTTP Streaming) ({session[:8]}... - offline)\n"
-                    f"{RULE}\n{answer}\n{RULE}\n\n") in text
-        assert re.search(r" COMPLETED \[[\d:]{8}\.\d{3}\] ", shown[0])
-        rows = rows_of(shown[1])
-        assert re.fullmatch(r"\d+\.\d{3}s", rows.pop("Total Time"))
-        assert rows == {"Total Chunks": str(total), "Context Messages": "4", "Transfer-Encoding": "chunked",
-                        "Status": "SUCCESS"}
+        answer, wrapped = fast.history(session)[1][1], second.split(RULE)[1]
+        assert ("\U0001f4ad Generating response... (Context: 0 messages)\n\n"
+                f"\U0001f916 AI Response (HTTP Streaming) ({session[:8]}... - offline)\n"
+                f"{RULE}\n{answer}\n{RULE}\n\n") in first
+        assert "".join(wrapped.split()) == "".join(fast.history(session)[3][1].split())
+        assert max(map(width, wrapped.splitlines())) in (78, 79)
+        words = set(re.findall("[a-z]+", wrapped.partition("This")[0]))
+        assert words == {"ou", "said", "word"}, "a word is broken"
+        check_boxes(first + "\n" + second)
+        rows, total = rows_of(second), event_of(fast.follow(session).read().lines[-1])["total_chunks"]
+        names = "Total Chunks", "Context Messages", "Transfer-Encoding", "Status"
+        assert [rows[name] for name in names] == [str(total), "4", "chunked", "SUCCESS"]
 
     @beside
-    def test_it_fits_the_terminal_whatever_columns_says(self, fast):
-        message = "word \u91cf\u5b50 \U0001f600 \U0001f5a5\ufe0f " * 40 + "\u91cf" * 100
-        fast.turn("x" * 48 + "\ta b", session_id=(session := new_id()))
-        typed = ("/history", message, "/help", "/stats", "/server", "/health", "/info", "/xyzzy", "/switch")
-        with chatting(url_of(fast), "--session", session, columns=50, COLUMNS="200") as chat:
-            shown = [chat.enter(line) for line in typed]
-        check_boxes("\n".join(shown), 50)
-        assert max(width(line) for text in shown for line in text.splitlines()) == 50
-        assert "x" * 48 + "\na b\n" in shown[0], "a tab at the edge separates words"
-        answer = shown[1].partition("\u2500\n")[2].partition("\n\u2500")[0]
-        assert "".join(answer.split()) == "".join(fast.history(session)[3][1].split())
-        assert set(re.findall("[a-z]+", answer.partition("This")[0])) == {"word", "said", "ou"}, "a word is broken"
-        with chatting(url_of(fast), columns=2) as chat:
-            chat.type("Hi\r", "SUCCESS")
-
-    @beside
-    def test_boxes_tell_what_the_server_tells(self, serve):
+    def test_boxes_fit_the_terminal_and_tell_what_the_server_tells(self, serve):
         server = serve(*INSTANT)
-        with chatting(url_of(server), "--session", "a-chat") as chat:
+        with chatting(url_of(server), "--session", "a-chat", columns=60) as chat:
             for line in ("Hi", "/new", "one two three four five six", "again"):
                 chat.enter(line)
-            shown = {name: chat.enter(name) for name in [*CLIENT_COMMANDS[:6], "/info", "/sessions"]}
+            shown = {name: chat.enter(name) for name in (*CLIENT_COMMANDS[:6], "/info", "/sessions")}
             opened = (chat.home / "opened").read_text().split()
-            chat.leave()
-            shown["leaving"] = chat.plain[chat.read:]
-        check_boxes("\n".join(shown.values()))
-        stats, name = server.stats(), server.get("/sessions")["sessions"][0]["session_id"][:8] + "..."
-        chunks, average = stats["total_chunks"], f"{stats['average_response_time']:.3f}s"
-        own = ("Messages Sent: 3; Successful Streams: 3; Recovered Streams: 0; Failed Streams: 0; Sessions Created: 2; "
-               f"Total Chunks Received: {chunks}; Avg Chunks per Stream: {chunks / 3:.1f}; Session Messages: 4; "
-               f"Current Session: {name}")
-        for command, rows in {
-            "/stats": own, "leaving": own,
-            "/server": "Total Requests: 3; Successful: 3; Failed: 0; Active Sessions: 2; Active Streams: 0; "
-                       f"Model: offline; Total Sessions Created: 2; Avg Response Time: {average}; "
-                       f"Framework: {re.escape(stats['framework'])}",
-            "/health": "Status: healthy; Model: offline; Total Requests: 3; Active Sessions: 2",
-            "/info": f"Session ID: {name}; Model: offline; Total Messages: 4; User Messages: 2; AI Messages: 2",
-            "/sessions": rf"1\. {name} \(4 msgs, .*\) ← CURRENT; 2\. a-chat \(2 msgs, .*\)",
-            "/help": "; ".join(rf"{name} +[A-Z].*[^. ]" for name in CLIENT_COMMANDS),
-        }.items():
-            for row in rows.split("; "):
-                assert re.search(rf"^│ {row} *│$", shown[command], re.MULTILINE), (row, shown[command])
-        pages = [url_of(server) + page for page in ("/docs", "/demo")]
-        assert opened == pages and all(f"URL: {page}" in shown[page[-5:]] for page in pages)
-        assert len(shown["/help"].splitlines()) <= 24 and "~/.streamchat_history" in shown["/help"]
+        check_boxes("\n".join(shown.values()), 60)
+        stats, session = rows_of(shown["/stats"]), rows_of(shown["/info"])
+        name = server.get("/sessions")["sessions"][0]["session_id"][:8] + "..."
+        assert stats["Total Chunks Received"] == str(server.stats()["total_chunks"])
+        assert (stats["Messages Sent"], stats["Sessions Created"], stats["Failed Streams"]) == ("3", "2", "0")
+        assert (session["Session ID"], session["Total Messages"], session["AI Messages"]) == (name, "4", "2")
+        assert re.search(rf"│ 1\. {name} \(4 msgs, .*\) ← CURRENT *│\n│ 2\. a-chat ", shown["/sessions"])
+        assert all(f"│ {name} " in shown["/help"] for name in CLIENT_COMMANDS)
+        assert opened == [url_of(server) + page for page in ("/docs", "/demo")]
 
     @beside
     def test_sessions_are_changed_read_cleared_and_deleted(self, fast):
         ids = [new_id() for _ in range(3)]
-        for session in (*ids, ids[1] + "-", ids[1] + "-2"):
+        for session in (*ids, ids[1] + "-"):
             fast.turn(f"question of {session}", session_id=session)
         shorts = [session[:8] + "..." for session in ids]
         with chatting(url_of(fast), "--session", ids[0]) as chat:
-            numbers = {name: number for number, name in re.findall(r"(\d+)\. (\S+) \(", chat.enter("/sessions"))}
+            listed = re.findall(r"(\d+)\. (\S+) \(", chat.enter("/sessions"))
+            [number] = [number for number, name in listed if name == shorts[2]]
             fast.turn("Hi")     # a new session is listed first, but a number means the list that was shown
-            for session, argument in zip(ids[::-1], (numbers[shorts[2]], ids[1], shorts[0]), strict=True):
+            for session, argument in zip(ids[::-1], (number, ids[1], shorts[0]), strict=True):
                 chat.enter(f"/switch {argument}")
                 assert f"--session {session}" in chat.enter("/info").splitlines()[-1].split("later: ")
             assert "Several sessions" in chat.enter(f"/switch {ids[1][:10]}")
-            chat.enter("more")
             shown = chat.enter("/history")
-            places = [shown.index(text) for _, text in fast.history(ids[0])]
-            assert len(places) == 4 and places == sorted(places)
-            chat.enter("/clear")
-            assert chat.text.count("\x1b[2J") == 1
+            assert all(text in shown for _, text in fast.history(ids[0]))
             chat.enter("/reset")
-            assert fast.history(ids[0]) == [] and "question" not in chat.enter("/history")
+            assert fast.history(ids[0]) == []
             assert "gone" not in chat.enter("Hi"), "the user has cleared the messages"
             chat.enter("/delete")
             assert chat.session is None and fast.session_ids() & set(ids) == set(ids[1:])
@@ -4965,173 +4794,103 @@ class TestTerminal:
         before = fast.stats()["total_requests"]
         with chatting(url_of(fast), "--session", session := new_id()) as chat:
             for typed, said in NOT_SENT:
-                shown = chat.enter(typed)
-                assert re.search(said, shown) and "GET" not in shown, typed
+                assert re.search(said, chat.enter(typed)), typed
             assert fast.stats()["total_requests"] == before
             chat.enter("//help me")
-            chat.enter("say /hel\t")
-        assert questions(fast, session) == ["/help me", "say /hel"]
+        assert questions(fast, session) == ["/help me"]
 
-    @pytest.mark.parametrize("more", [{}, {"LC_ALL": "C"}, {"TERM": "dumb"}, {"NO_COLOR": "1"}], ids=str)
+    @pytest.mark.parametrize("more", [{}, {"LC_ALL": "C", "NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
     @beside
     def test_a_message_may_have_many_lines_and_any_characters_and_colours_can_be_off(self, fast, more):
-        is_plain = "TERM" in more or "NO_COLOR" in more
         with chatting(url_of(fast), "--session", session := new_id(), **more) as chat:
-            for line in ("über café", "世界", '"""\rline 1\r\r/quit\r"""', '"""line 1\r\r/quit"""'):
+            for line in ("über 世界", '"""\rline 1\r\r/quit\r"""'):
                 chat.enter(line)
-            chat.type('"""\rline 1\r\r/quit\r')
-            chat.type(CTRL_D)
-            chat.wait_for_prompt()
-            if not is_plain:        # readline would colour it
+            if not more:        # readline would colour a paste
                 chat.type(PASTED("line 1\r\r/quit"))
                 chat.enter("")
-            many = (3 if is_plain else 4) * ["line 1\n\n/quit"]
-            assert questions(fast, session) == ["über café", "世界", *many]
-            for line in ("caf\udce9", "", "Hi"):        # no UTF-8
-                chat.enter(line)
-            assert questions(fast, session)[-1].endswith("Hi")
-            chat.leave()
-            assert bool(re.search(r"\x1b\[[\d;]*m", chat.text)) is not is_plain
-            assert "TERM" not in more or "\x1b" not in chat.text
-
-    @pytest.mark.parametrize("keys", [["/quit\r"], [CTRL_D], [CTRL_C, CTRL_C]], ids=["quit", "Ctrl-D", "Ctrl-C twice"])
-    @beside
-    def test_on_leaving_the_statistics_are_shown_and_the_terminal_is_as_it_was(self, fast, keys):
-        with TerminalChat(url_of(fast), "--session", session := new_id()) as chat:
-            before = chat.modes
-            chat.wait_for_prompt()
-            for _ in range(2):      # Ctrl-C drops the line
-                chat.type("half a line", "half a line")
-                chat.type(CTRL_C)
-                chat.wait_for_prompt()
-            chat.enter("Hi")
-            chat.type(keys[0])
-            for key in keys[1:]:
-                chat.wait_for_prompt()
-                chat.type(key)
-            assert chat.wait_for_end() == 0
-            chat.wait("CLIENT SESSION STATISTICS.* Messages Sent: 1 .*Goodbye")
-            assert chat.modes == before and questions(fast, session) == ["Hi"]
+            assert questions(fast, session) == ["über 世界", *(1 if more else 2) * ["line 1\n\n/quit"]]
+            chat.enter("caf\udce9")     # no UTF-8
+            assert rows_of(chat.enter("Hi"))["Status"] == "SUCCESS"
+            assert bool(re.search(r"\x1b\[[\d;]*m", chat.text)) is (not more)
 
     @beside
-    def test_what_was_typed_is_there_in_the_next_run_if_the_home_can_be_written(self, fast, tmp_path):
+    def test_the_terminal_is_left_as_it_was_and_the_next_run_knows_earlier_lines(self, fast, tmp_path):
         history, session = tmp_path / ".streamchat_history", new_id()
-        full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12, 12))"
         with chatting(url_of(fast), home=tmp_path) as chat:
             chat.enter("one message")
-        assert history.stat().st_mode & 0o777 == 0o600 and history.read_text() == "one message\n"
-        for changes, home in ((full, tmp_path), ("pass", tmp_path / "nowhere")):
-            with chatting(url_of(fast), "--session", session, home=home, changes=changes) as chat:
-                chat.enter("another")
-                chat.enter(UP + UP)
-        assert history.read_text() == "one message\n"
-        assert questions(fast, session) == ["another", "one message", "another", "another"]
+            chat.type("/qui\t\r", "CLIENT SESSION STATISTICS.* Messages Sent: 1 .*Goodbye")
+            assert chat.wait_for_end() == 0 and chat.modes == chat.modes_before
+        assert history.stat().st_mode & 0o777 == 0o600 and history.read_text() == "one message\n/quit\n"
+        with chatting(url_of(fast), "--session", session, home=tmp_path) as chat:
+            chat.enter(UP + UP)
+            for text in ("", "half a line"):    # Ctrl-C drops the line; twice on an empty one, it leaves
+                chat.type(text, text)
+                chat.type(CTRL_C, "Ctrl-C again")
+                chat.wait_for_prompt()
+            chat.type(CTRL_C, "CLIENT SESSION STATISTICS.*Goodbye")
+            assert chat.wait_for_end() == 0 and chat.modes == chat.modes_before
+        assert questions(fast, session) == ["one message"]
 
     @beside
     def test_a_failure_is_one_sentence_and_retry_is_offered_where_it_helps(self):
-        pages = {"/sessions": page_of({"sessions": [{}]}), "/sessions/s": page_of({})}
-        with ScriptedServer(*itertools.chain(*[row[0] for row in TOLD]), pages=pages) as server, \
-                chatting(server.url, "--session", "s") as chat:
-            for shown in (chat.plain, chat.enter("/sessions")):
-                assert "The server sent an unexpected answer." in shown
+        scripts = [script for row in TOLD for script in row[0]]
+        with ScriptedServer(*scripts) as server, chatting(server.url) as chat:
             for _, said, is_retryable in TOLD:
                 shown = chat.enter("Hi")
                 assert re.search(said, shown, re.DOTALL) and ("/retry" in shown) is is_retryable, shown
-            server.pages["/stats"] = refusal(401, body=b'{"detail":"Authorization: Bearer","code":"unauthorized"}')
-            with TerminalChat(server.url) as other:
-                assert other.wait_for_end() == 1
-                assert re.search(r"\n\S+ .*--token.*STREAMCHAT_TOKEN\.\n\Z", other.plain)
-                assert "Bearer" not in other.plain and other.plain.count("\n") == 2
 
 
 @ours
 class TestStopAtTheTerminal:
-    """README, "Terminal client": Ctrl-C stops the answer whatever the client is doing, and the prompt comes back."""
+    """README, "Terminal client": Ctrl-C stops the answer whatever the client does, and the prompt is back."""
 
     @beside
-    def test_during_an_answer_and_before_the_first_chunk_and_while_the_server_is_stuck_or_away(self, own):
-        server = own(*CALM)
+    def test_during_an_answer_and_while_the_server_is_stuck_or_away(self, own):
+        server, session = own(*CALM), new_id()
+        changes = "client.STOP_TIME = 60; client.STALL_TIME = 0.3"
         with Proxy(server.address) as proxy, \
-                chatting(proxy.url, "--session", session := new_id(), changes="client.STOP_TIME = 60") as chat:
+                chatting(proxy.url, "--session", session, changes=changes) as chat:
             chat.begin(LONG)
-            chat.type("typed")
             chat.stop()
             check_shown(chat, server, session)
-            assert rows_of(chat.enter(""))["Context Messages"] == "4"
-            assert questions(server, session) == [LONG, "typed"]
-            assert rows_of(chat.enter("/stats"))["Failed Streams"] == "0"
-            proxy.faults = iter([Fault(delay=0.3)])
-            chat.type(LONG + "\r")
-            assert wait_until(lambda: server.is_running(session))
+            proxy.faults = iter([Fault(stall=900)])
+            chat.begin(LONG)
+            chat.type(PASTED("x" * 20_000))     # Ctrl-C comes through behind it
             chat.stop()
-            for keys in ("x" * 20_000, PASTED("x" * 20_000)):       # Ctrl-C comes through behind them
-                proxy.faults = iter([Fault(stall=900)])
-                chat.begin(LONG)
-                chat.type(keys)
-                chat.stop()
-                assert not server.is_running(session)
-                chat.type(CTRL_U)
-            with away(proxy, chat):
-                chat.stop()
+            assert not server.is_running(session)
+            chat.type(CTRL_U)
+            chat.lose(proxy)
+            chat.stop()
+            proxy.up()
             assert rows_of(chat.enter("Hi"))["Status"] == "SUCCESS" and questions(server, session)[-1] == "Hi"
 
     @beside
-    def test_while_the_server_answers_nothing_at_all(self, own):
-        server = own(*CALM)
+    def test_while_the_server_answers_nothing_and_the_next_message_asks_for_the_stop_again(self, own):
+        server, session = own(*CALM), new_id()
+        changes = "client.STOP_TIME = 1; client.STALL_TIME = 0.2"
         with Proxy(server.address, [Fault(stall=900)]) as proxy, \
-                chatting(proxy.url, "--session", session := new_id(), changes="client.STOP_TIME = 0.5") as chat:
-            chat.begin("word " * 200)
+                chatting(proxy.url, "--session", session, changes=changes) as chat:
+            chat.begin(LONG)
             proxy.fault_of = lambda line: Fault(stall=0)
             chat.stop()
-            requests, begin = len(proxy.requests), chat.read
+            begin, requests = chat.read, len(proxy.requests)
             chat.type("not lost\r")
             assert wait_until(lambda: any("/stop" in line for line in proxy.requests[requests:]))
             chat.type(CTRL_C)
             chat.wait_for_prompt()
             assert "was not sent" in chat.plain[begin:] and "STOPPED" not in chat.plain[begin:]
             del proxy.fault_of
-            assert wait_until(lambda: not server.is_running(session))
             assert rows_of(chat.enter("/retry"))["Status"] == "SUCCESS"
-            assert questions(server, session)[-1] == "not lost"
-
-    def test_in_a_pause_after_the_turn_has_ended(self, fast):
-        with Proxy(fast.address, [Fault(cut=900)]) as proxy, \
-                chatting(proxy.url, "--session", session := new_id(), changes="client.FIRST_PAUSE = 60") as chat:
-            chat.type(TEXT + "\r", "Retrying")
-            assert wait_until(lambda: len(fast.history(session)) == 2)
-            chat.type(CTRL_C, "SUCCESS")
-            check_shown(chat, fast, session)
-
-    def test_while_the_stop_is_answered_too_slowly(self, fast):
-        with Proxy(fast.address) as proxy, chatting(proxy.url, changes="client.STOP_TIME = 0.5") as chat:
-            proxy.fault_of = lambda line: Fault(split=True, delay=0.1) if "/stop " in line else Fault(cut=900)
-            chat.type("Hi\r", "Retrying")
-            chat.stop()
-
-    def test_where_nothing_was_sent_nothing_is_stopped(self):
-        with ScriptedServer(PART[0] + line_of("error", message="No.")) as server, chatting(server.url) as chat:
-            chat.enter("Hi")
-            server.down()
-            for typed in ("/retry", "another"):
-                begin = chat.read
-                chat.type(typed + "\r", "Retrying")
-                chat.type(CTRL_C, "was not sent")
-                chat.wait_for_prompt()
-                assert "STOPPED" not in chat.plain[begin:]
-                rows = rows_of(chat.enter("/stats"))
-                assert (rows["Messages Sent"], rows["Failed Streams"]) == ("1", "1")
+            assert questions(server, session) == [LONG, "not lost"]
 
 
-TYPED = [               # what is typed during an answer, what waits at the prompt
-    ("one\r/delete\r/quit\rtwo", "one\n/delete\n/quit\ntwo"),
-    ("caf\u00e9 \u91cf \U0001f600", "caf\u00e9 \u91cf \U0001f600"),
-    ("/delete\r", "/delete"), ("lines\r\rtwo\r", "lines\n\ntwo"),
-    ("a\x04\x00\x15\x17\x01b\x7fc" + UP + "\x1bOd\x1b[3~", "ac"),
-    ("x" * 6000, "x" * 6000),
-    (PASTED("def f():\r    return 1\r\rexplain"), "def f():\n    return 1\n\nexplain"),
-    (PASTED("one\r/delete\r/quit\r"), "one\n/delete\n/quit\n"),
-    (PASTED("a\x04\t\x15b\x03\x1a\x1c"), "a\x04\t\x15b\x03\x1a\x1c"),
-    (PASTED(200 * ("x" * 99 + "\r")), 200 * ("x" * 99 + "\n")),
+TYPED = [               # what is typed during an answer, and when it was stopped; what waits at the prompt
+    ("one\r/delete\r/quit\rcaf\u00e9\u91cf\U0001f600", "", "one\n/delete\n/quit\ncaf\u00e9\u91cf\U0001f600"),
+    ("/delete\r", "", "/delete"),
+    ("a\x04\x00\x15\x17\x01b\x7fc" + UP + "\x1bOd\x1b[3~", "", "ac"),
+    ("x" * 6000, "", "x" * 6000),
+    (PASTED("a\x04\t\x15b\x03\x1a\x1c\r/quit\r"), "", "a\x04\t\x15b\x03\x1a\x1c\n/quit\n"),
+    ("\x1b[200~one\r/del", "ete\rtwo\x1b[201~", "one\n/delete\ntwo"),
 ]
 
 
@@ -5139,63 +4898,38 @@ TYPED = [               # what is typed during an answer, what waits at the prom
 class TestTypedDuringAnAnswer:
     """README, "Terminal client": what is typed during an answer waits at the next prompt, as one text."""
 
-    @pytest.mark.parametrize("rows, more", [(TYPED, {}), (TYPED[:2], {"LC_ALL": "C"}), (TYPED[:2], {"TERM": "dumb"})],
-                             ids=["as usual", "C", "dumb"])
+    @pytest.mark.parametrize("rows, more", [(TYPED, {}), (TYPED[:1], {"LC_ALL": "C"})], ids=["as usual", "C"])
     @beside
     def test_nobody_but_the_user_sends_it(self, own, rows, more):
-        server = own(*CALM)
-        with chatting(url_of(server), "--session", session := new_id(), **more) as chat:
-            for typed, _ in rows:
+        server, session = own(*CALM), new_id()
+        with chatting(url_of(server), "--session", session, **more) as chat:
+            for during, after, _ in rows:
                 chat.begin("word " * 800)
-                chat.type(typed)
+                chat.type(during)
                 server.stop(session)
+                chat.wait("STOPPED")
+                chat.type(after)
                 chat.wait_for_prompt()
                 chat.type("+")
                 chat.enter(CTRL_A + "=")
-        assert questions(server, session)[1::2] == ["=" + text + "+" for _, text in rows]
+        assert questions(server, session)[1::2] == ["=" + text + "+" for *_, text in rows]
         assert len(server.history(session)) == 4 * len(rows)
-
-    @beside
-    def test_a_paste_that_ends_late_is_one_text_and_one_without_end_holds_no_ctrl_c_back(self, own):
-        server = own(*CALM)
-        with chatting(url_of(server), "--session", session := new_id(), changes="client.PASTE_TIME = 60") as chat:
-            chat.begin(LONG)
-            for part in ("\x1b[2", "00~one\x03\r"):      # its mark, too, comes in parts
-                chat.type(part)
-                time.sleep(0.05)
-            server.stop(session)
-            chat.wait("STOPPED")
-            for part in ("/delete\r", "two\x1b[20", "1~"):
-                time.sleep(0.2)
-                chat.type(part)
-            chat.wait_for_prompt()
-            chat.enter("")
-            assert questions(server, session)[-1] == "one\x03\n/delete\ntwo"
-        with chatting(url_of(server), changes="client.PASTE_TIME = 0.1") as chat:
-            chat.begin(LONG)
-            chat.type("\x1b[200~one")
-            time.sleep(0.5)
-            chat.stop()
-            chat.wait("one")
 
 
 @ours
 class TestSignals:
     """Whatever ends or suspends the client at a terminal leaves it as it was."""
 
-    @pytest.mark.parametrize("at_prompt", [True, False], ids=["at the prompt", "during an answer"])
-    @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+    @pytest.mark.parametrize("name, at_prompt", [("SIGTERM", True), ("SIGHUP", False)])
     @beside
     def test_a_signal_that_ends_it(self, own, name, at_prompt):
-        with TerminalChat(url_of(own(*CALM))) as chat:
-            before = chat.modes
-            chat.wait_for_prompt()
+        with chatting(url_of(own(*CALM))) as chat:
             if not at_prompt:
                 chat.begin(LONG)
-                assert chat.modes != before
+            assert chat.modes != chat.modes_before
             chat.process.send_signal(getattr(signal, name))
             assert chat.wait_for_end() == -getattr(signal, name)
-            assert chat.modes == before
+            assert chat.modes == chat.modes_before
             assert chat.text.rfind("\x1b[?2004l") > chat.text.rfind("\x1b[?2004h")
 
     @on_linux
@@ -5205,104 +4939,68 @@ class TestSignals:
 
         def suspend():
             shell.type(CTRL_Z, "shell> ")
-            assert shell.modes == modes
-
-        def wait_for_stop():
-            stat = Path(f"/proc/{process}/stat")
-            assert wait_until(lambda: stat.read_text().split()[2] == "T"), "it does not wait for the terminal"
+            assert shell.modes == shell.modes_before
         login = f"import os; os.login_tty(0); os.execv({needs('dash')!r}, ['sh', '-im'])"
         with Terminal([sys.executable, "-c", login], PS1="shell> ", HOME="/nowhere") as shell:
             shell.wait("shell> ")
-            modes = shell.modes
             client = shlex.join([sys.executable, str(CLIENT), "--url", url_of(server), "--session", session])
-            process = shell.type(f"{client} & echo [$!]\r", r"\[(\d+)\]\n")[1]     # it begins in the background
-            wait_for_stop()
+            stat = Path("/proc", shell.type(f"{client} & echo [$!]\r", r"\[(\d+)\]\n")[1], "stat")
+            assert wait_until(lambda: stat.read_text().split()[2] == "T"), "in the background it waits"
             shell.type("fg\r", "You \u203a ")
-            shell.type("word " * 100 + "!", "!")
+            shell.type("word " * 50 + "!", "!")
             suspend()
-            shell.type("bg; sleep 0.5; jobs; fg\r", r"^\[1\].*Stopped.*You \u203a word word")
+            shell.type("fg\r", "You \u203a word word")
             shell.type("\r", "You said: word")
             suspend()
-            shell.type("fg\r", "word word")
-            os.kill(int(process), signal.SIGSTOP)       # which it cannot handle
-            shell.wait("shell> ")
-            shell.type("bg\r", "SUCCESS")
-            wait_for_stop()
-            shell.type("fg\r", "You \\[")
-            shell.type("still seen", "still seen")
-            assert questions(server, session) == ["word " * 100 + "!"]
-            suspend()
-            shell.type("kill -INT %1; fg\r", "Ctrl-C again.*You \\[")
-            suspend()
-            shell.type("kill %1; kill -CONT %1; sleep 1; jobs\r", "Terminated.*shell> ")
-            assert shell.modes == modes
+            shell.type("fg\r", r"word word.*SUCCESS.*You \[")
+            assert questions(server, session) == ["word " * 50 + "!"]
+            shell.type(CTRL_D, "Goodbye.*shell> ")
+            assert shell.modes == shell.modes_before
 
 
 @ours
 class TestTerminalRecovers:
-    """README, "Client recipe": after a cut the text on the screen is the server's, nothing twice, nothing missing."""
+    """README, "Client recipe": after a cut the screen shows the server's text, once and whole."""
 
     @beside
     def test_it_waits_for_a_server_that_is_away_and_tells_what_it_lost(self, own):
-        server = own(*CALM)
-        with Proxy(server.address) as proxy, chatting(proxy.url, "--session", session := new_id()) as chat:
-            with away(proxy, chat):
-                time.sleep(0.5)
+        server, session, changes = own(*CALM), new_id(), "client.FIRST_PAUSE = 0.02"
+        with Proxy(server.address) as proxy, \
+                chatting(proxy.url, "--session", session, changes=changes) as chat:
+            chat.lose(proxy)
+            time.sleep(0.5)
+            proxy.up()
             chat.wait_for_prompt()
             check_shown(chat, server, session)
             assert len(re.findall(NOTICE_OF_A_CUT, chat.plain, re.MULTILINE)) <= 2
-            with away(proxy, chat):
-                server.request("DELETE", f"/sessions/{session}")
+            chat.lose(proxy)
+            server.request("DELETE", f"/sessions/{session}")
+            proxy.up()
             chat.wait("earlier messages are gone: the server has 0 of 2.*Generating response again")
             chat.wait_for_prompt()
             check_shown(chat, server, session)
-            server.request("DELETE", f"/sessions/{session}")
-            assert "the server has 0 of 2" in chat.enter("Hi")
-            left = chat.leave()
-            assert (left["Sessions Created"], left["Recovered Streams"]) == ("3", "2")
+            assert rows_of(chat.enter("/stats"))["Recovered Streams"] == "2"
 
+    @beside
     def test_without_a_server_the_prompt_comes_and_retry_sends_the_same_turn_again(self, fast):
+        session, changes = new_id(), "client.FIRST_PAUSE = 0.01; client.RETRIES = 1"
         with Proxy(fast.address, [Fault(cut=800)] * 2) as proxy:
             proxy.down()
-            with chatting(proxy.url, "--session", session := new_id(),
-                          changes="client.FIRST_PAUSE = 0.01; client.RETRIES = 1") as chat:
+            with chatting(proxy.url, "--session", session, changes=changes) as chat:
                 assert chat.plain.count("refused") == 1
                 assert rows_of(chat.enter(TEXT))["Status"] == "FAILED"
                 assert rows_of(chat.enter("/stats"))["Messages Sent"] == "0"
                 proxy.up()
-                shown = chat.enter("/retry")
-                assert rows_of(shown)["Status"] == "FAILED" and "/retry" in shown
+                assert "/retry sends" in chat.enter("/retry")       # it is cut
                 assert rows_of(chat.enter("/retry"))["Status"] == "SUCCESS"
                 check_shown(chat, fast, session)
-                assert "nothing to send again" in chat.enter("/retry")
-                rows = rows_of(chat.enter("/stats"))
-                names = "Messages Sent", "Failed Streams", "Sessions Created"
-                assert [rows[name] for name in names] == ["1", "2", "1"]
+                assert rows_of(chat.enter("/stats"))["Messages Sent"] == "1"
         assert len(fast.history(session)) == 2
-
-    @beside
-    def test_a_session_that_is_deleted_during_an_answer_comes_back_only_by_retry(self, own):
-        server = own(*CALM)
-        with chatting(url_of(server)) as chat:
-            for typed, comes_back in (("another message", False), ("/retry", True)):
-                before = server.session_ids()
-                chat.begin("word " * 100)
-                [session] = server.session_ids() - before
-                server.request("DELETE", f"/sessions/{session}")
-                chat.wait("deleted.*/retry sends")
-                chat.wait_for_prompt()
-                assert chat.session is None
-                chat.enter(typed)
-                assert (session in server.session_ids()) is comes_back
-                if comes_back:
-                    check_shown(chat, server, session)
-                chat.enter("/delete")
-            assert chat.leave()["Sessions Created"] == "4"
 
 
 @ours
 class TestTerminalIsSafe:
-    """README, "Access control": control characters from outside become escapes, and never act on the terminal."""
+    """README, "Access control": control characters from outside are shown as escapes."""
 
     def check_safe(self, chat):
         ours = r"\x1b(\[(\d+(;\d+)*m|\?2004[hl])|\[?\d*\Z)"     # the last may not be whole yet
@@ -5310,8 +5008,10 @@ class TestTerminalIsSafe:
         assert {character for character in shown if unicodedata.category(character) == "Cc"} <= set("\r\n")
         assert not [raw for raw in ("\rFORGED", "\x1b[31mFORGED", "\ufffd") if raw in chat.text]
 
-    def test_in_a_session_that_is_entered_while_an_answer_runs(self, server):
-        with contextlib.closing(server.chat(FORGED + LONG, session_id=(session := new_id())).connection), \
+    @beside
+    def test_in_a_session_that_is_entered_while_an_answer_runs(self, own):
+        server, session = own(*CALM), new_id()
+        with contextlib.closing(server.chat(FORGED + LONG, session_id=session).connection), \
                 TerminalChat(url_of(server), "--session", session) as chat:
             chat.wait(rf"^You \[{session[:8]}\.\.\.\] \u203a x\nFORGED.*You said: .*word")
             assert server.stop(session)
@@ -5319,39 +5019,30 @@ class TestTerminalIsSafe:
             chat.enter("/history")
             assert chat.plain.count(r"\x1b[31mFORGED") == 4
             self.check_safe(chat)
-            assert chat.leave()["Messages Sent"] == "0"
 
-    def test_in_the_lines_of_the_stream(self):
-        line = json.dumps({"type": "news", "text": "\u009b31m\x7f"}, ensure_ascii=False).encode() + b"\n"
-        with ScriptedServer(stream_of(INFO, line, *TURN[1:])) as server, \
-                TerminalChat(server.url, "--json", "Hi") as chat:
-            assert chat.wait_for_end() == 0
-            assert r"\x9b31m\x7f" in chat.plain
+    @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+    @beside
+    def test_in_the_output_of_one_answer(self, options):
+        chunk = {"type": "chunk", "text": "\u009b31m\x7f", "chunk_number": 1}
+        hostile = json.dumps(chunk, ensure_ascii=False)
+        with ScriptedServer(stream_of(INFO, hostile.encode() + b"\n", line_of("complete"))) as server, \
+                TerminalChat(server.url, *options, "Hi") as chat:
+            assert chat.wait_for_end() == 0 and r"\x9b31m\x7f" in chat.plain
             self.check_safe(chat)
 
-    def test_in_all_that_a_server_says(self, fast):
-        def forged(value):
-            """The same JSON, but each of its strings, except for the type of an event, is hostile."""
-            return json.loads(json.dumps(value), object_hook=lambda fields: {
-                name: "\u91cf\u5b50 \U0001f600 " + FORGED if isinstance(text, str) and name != "type" else text
-                for name, text in fields.items()})
-        fast.turn("Hi", session_id="hostile")
-        pages = {path: fast.get(path) for path in ("/stats", "/health", "/sessions", "/sessions/hostile")}
-        pages["/sessions/new"] = fast.request("POST", "/sessions/new").json
-        pages = {path: page_of(forged(page)) for path, page in pages.items()}
-        lines = [json.dumps(forged(json.loads(line))).encode() + b"\n" for line in TURN]
-        scripts = [stream_of(*lines), stream_of(*lines[:3], line_of("error", message=FORGED)),
-                   refusal(409, body=json.dumps({"detail": FORGED}).encode()),
-                   refusal(409, body=json.dumps({"detail": f"Stop it: curl http://x/{FORGED}"}).encode()),
-                   refusal(302, "Location: x\x1b[31mFORGED"), refusal(500, body=b"").replace(b"No", b"x\x1b[31mFORGED")]
-        with ScriptedServer(*scripts, pages=pages) as server, chatting(server.url, "--session", "hostile") as chat:
-            assert r"\x1b[31mFORGED" in chat.plain
-            for line in (*["Hi"] * len(scripts), "/server", "/health", "/sessions", "/info", "/history", "/new"):
-                shown = chat.enter(line)
-                assert r"\x" in shown or r"\n" in shown, line
+    @beside
+    def test_in_all_that_a_server_says(self):
+        info = line_of("session_info", session_id="s-1", turn_id="t-1", model=FORGED)
+        details = FORGED, f"Stop it: curl http://x/{FORGED}"
+        scripts = [stream_of(info, *TURN[1:3], line_of("error", message=FORGED)),
+                   *(refusal(409, body=json.dumps({"detail": detail}).encode()) for detail in details),
+                   refusal(302, "Location: x\x1b[31mFORGED")]
+        stats = page_of({"model": FORGED, "framework": FORGED})
+        with ScriptedServer(*scripts, pages={"/stats": stats}) as server, chatting(server.url) as chat:
+            for line in (*["Hi"] * len(scripts), "/server"):
+                assert r"\x1b[31m" in chat.enter(line), line
                 self.check_safe(chat)
             check_boxes(chat.plain)
-            assert not next(server.faults, None)
 
 
 # ---- The demo page, in Chromium

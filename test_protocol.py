@@ -1905,7 +1905,8 @@ class TestOperations:
 # ---- README, "Errors"
 
 BAD_IDS = ["", "new", "x" * 65, "a b", "a/b", "a\n", "\u00e4", "\u0663", "a.b", 5, True, ["a"], {}]
-BAD_MESSAGES = [None, 5, True, ["Hi"], {}, "", " ", "\n\t \u3000\u2028", "\x1c", "\x85", "\ud800", "a\udfffb", "x" * 100_001]
+BAD_MESSAGES = [None, 5, True, ["Hi"], {}, "", "\n\t \u3000\u2028", "\x1c", "\x85", "\ud800", "a\udfffb",
+                "x" * 100_001]
 OTHER_TYPES = ["text/plain", "application/xml", "application/jsonx", "application/json-patch+json", "json",
                "multipart/form-data; boundary=x"]
 BAD_BODIES = [          # what is wrong, status, code, requests
@@ -3135,7 +3136,7 @@ BROKEN = failure(500, "INTERNAL", "An internal error has occurred.")
 ANSWERS = None
 GEMINI_REFUSALS = [     # name; what each try gets, the last one also those after it; end, tries, what it names
     ("bad key", [BAD_KEY], "model_auth", 1, "GEMINI_API_KEY"),
-    ("bad request", [failure(400, "INVALID_ARGUMENT", "A bad argument: \u00e9.")], "model_error", 1, "bad argument: \u00e9"),
+    ("bad request", [failure(400, "INVALID_ARGUMENT", "A bad \u00e9.")], "model_error", 1, "A bad \u00e9."),
     ("forbidden", [failure(403, "PERMISSION_DENIED", f"<key>, {STRANGERS_KEY} leaked.")], "model_auth", 1, "403"),
     ("no such model", [failure(404, "NOT_FOUND", "It is not found.")], "model_not_found", 1, "GENAI_MODEL_ID"),
     ("bad gateway", [b"<html><title>502 Bad Gateway</title>" + b"<p>Wait.</p>" * 500], "model_error", 1, "502"),
@@ -5048,39 +5049,26 @@ class TestTerminalIsSafe:
 # ---- The demo page, in Chromium
 
 # W3C WebDriver, section "Keyboard actions"
-TAB, ENTER, SHIFT, ESCAPE, ARROW_UP = "\ue004", "\ue007", "\ue008", "\ue00c", "\ue013"
+TAB, ENTER, SHIFT, ESCAPE = "\ue004", "\ue007", "\ue008", "\ue00c"
 SEE = """       // what the tests see of the page, whose clocks of more than 100 ms run `pace` times as fast
 {
   const {setTimeout} = window, all = css => Array.from(document.querySelectorAll(css));
   const texts = css => all(css).map(each => each.textContent);
   window.see = {
-    all, texts, pace: 5, copied: "", questions: 0, agrees: true, focused: new Set(),
+    all, texts, pace: 5, copied: "", questions: [], focused: new Set(),
     shown: css => all(css).filter(each => each.checkVisibility()),
-    middle: css => {            // where a click reaches the element
-      const [element] = see.shown(css);
-      element.scrollIntoView({block: "nearest"});
-      const {x, y, width, height} = element.getBoundingClientRect(), middle = [x + width / 2, y + height / 2];
-      return element.contains(document.elementFromPoint(...middle)) && middle;
-    },
-    articles: () => all("#log article").map(each => [each.classList[0], each.querySelector(".text").textContent]),
+    articles: () => all("#log article").map(
+      each => [each.classList[0], each.querySelector(".text").textContent]),
     answer: () => texts("#log > article.model:last-of-type > .text")[0] ?? "",
     state: () => all("#state")[0].dataset.state,
     notice: () => texts("#told")[0],
-    select: css => getSelection().selectAllChildren(all(css)[0]),
-    selected: () => getSelection().toString(),
-    place: async css => {       // where the box rests: how far from its beginning and from its end
-      const [box] = all(css), rest = () => new Promise(then => setTimeout(then, 40));
-      for (let last; last !== box.scrollTop; await rest()) last = box.scrollTop;
-      return [box.scrollTop, box.scrollHeight - box.clientHeight - box.scrollTop].map(Math.round);
-    },
+    place: css => all(css)[0].scrollTop,
+    isAtEnd: css => all(css).every(box => box.scrollHeight - box.clientHeight - box.scrollTop <= 2),
   };
   window.setTimeout = (then, ms, ...more) => setTimeout(then, ms > 100 ? ms / see.pace : ms, ...more);
-  window.confirm = () => { see.questions++; return see.agrees; };
+  window.confirm = question => see.questions.push(question);    // the answer is yes
   Object.assign(navigator.clipboard ?? {}, {writeText: async text => { see.copied = text; }});
-  addEventListener("focusin", ({target}) => {   // and whether that is seen
-    const {outlineStyle, outlineWidth} = getComputedStyle(target);
-    if (outlineStyle !== "none" && parseFloat(outlineWidth) >= 1) see.focused.add(target);
-  });
+  addEventListener("focusin", ({target}) => see.focused.add(target));
 }
 """
 
@@ -5088,15 +5076,16 @@ SEE = """       // what the tests see of the page, whose clocks of more than 100
 class Browser:
     """Chromium, driven by WebDriver over plain HTTP."""
 
-    FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--disable-smooth-scrolling",
-             "--window-size=1200,900", "--app=data:,", "--host-resolver-rules=MAP rebind.example 127.0.0.1")
+    FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-sync", "--disable-background-networking", "--disable-component-update",
+             "--disable-smooth-scrolling", "--window-size=1200,900", "--app=data:,")
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             profile = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-            driver = stack.enter_context(subprocess.Popen([needs("chromedriver"), "--port=0"], encoding="utf-8",
-                                                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+            driver = stack.enter_context(subprocess.Popen(
+                [needs("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                encoding="utf-8"))
             stack.callback(driver.terminate)
             ready = next(line for line in driver.stdout if "started successfully on port" in line)
             self.port, self.session = int(re.findall(r"\d+", ready)[-1]), ""
@@ -5113,7 +5102,8 @@ class Browser:
 
     def ask(self, method, path, **body):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, f"/session{self.session}{path}", json.dumps(body) if method == "POST" else None)
+        body = json.dumps(body) if method == "POST" else None
+        connection.request(method, f"/session{self.session}{path}", body)
         value = json.loads(connection.getresponse().read())["value"]
         connection.close()
         assert not (isinstance(value, dict) and "error" in value), value
@@ -5125,16 +5115,12 @@ class Browser:
 
     @contextlib.contextmanager
     def tab(self):
-        """Lend the first tab to a test, as if it were new: another one takes a second. No error may be left."""
-        try:
-            yield
-            errors = self.errors()
-        finally:
-            self.run("try { sessionStorage.clear(); } catch { }")      # an empty page has none
-            self.cdp("Emulation.clearDeviceMetricsOverride")
-            self.cdp("Emulation.setTouchEmulationEnabled", enabled=False)
-            self.cdp("Emulation.setEmulatedMedia")
-            self.errors()       # so that the next test does not get those of a failed one
+        """Lend the first tab to a test, as if it were new. The test must leave no error."""
+        self.run("try { sessionStorage.clear(); } catch { }")      # an empty page has none
+        self.cdp("Emulation.clearDeviceMetricsOverride")
+        self.errors()
+        yield
+        errors = self.errors()
         assert not errors, errors
 
     @contextlib.contextmanager
@@ -5142,18 +5128,13 @@ class Browser:
         """A new window beside the first."""
         before = self.ask("GET", "/window")
         handle = self.ask("POST", "/window/new", type="window")["handle"]
-        try:
-            self.show(handle)
-            self.cdp("Page.addScriptToEvaluateOnNewDocument", source=SEE)
-            yield handle
-        finally:
-            self.show(handle)
-            self.ask("DELETE", "/window")
-            self.show(before)
-
-    def show(self, handle):
-        """Go to another tab or window."""
         self.ask("POST", "/window", handle=handle)
+        try:
+            self.cdp("Page.addScriptToEvaluateOnNewDocument", source=SEE)
+            yield
+        finally:
+            self.ask("DELETE", "/window")
+            self.ask("POST", "/window", handle=before)
 
     def errors(self):
         """The errors in the console since this was asked last, except for statuses and lost connections."""
@@ -5177,25 +5158,18 @@ class Browser:
 
     def wait(self, condition, *args):
         """The value of an expression in JavaScript, once it is true; what it needs may not be there yet."""
-        value = self.run(f"""
-for (const end = Date.now() + {PATIENCE * 1000}; Date.now() < end; await new Promise(then => setTimeout(then, 20))) {{
-  try {{ const value = {condition}; if (value) return value; }} catch {{ }}
-}}""", *args)
+        value = wait_until(lambda: self.run(f"try {{ return {condition}; }} catch {{ }}", *args))
         assert value, (condition, args, self.run("return document.body.innerText;"))
         return value
 
     def click(self, css):
-        x, y = self.wait("see.middle(args[0])", css)
-        for kind in ("mousePressed", "mouseReleased"):
-            self.cdp("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        [element] = self.wait("see.shown(args[0])[0]", css).values()
+        self.ask("POST", f"/element/{element}/click")
 
     def keys(self, text):
         """Press one key after the other, for whatever has the focus. SHIFT holds until it comes again."""
         [element] = self.ask("GET", "/element/active").values()
         self.ask("POST", f"/element/{element}/value", text=text)
-
-    def resize(self, width):
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
 
     # What a person does in the demo page, and sees there
 
@@ -5226,119 +5200,46 @@ for (const end = Date.now() + {PATIENCE * 1000}; Date.now() < end; await new Pro
         self.wait("see.answer().length > args[0]", len(self.see("answer()")) + count)
 
     def check_articles(self, server, session, gone=0):
-        """The page shows the session's history, character for character, below articles that are gone from it."""
+        """The page shows the session's history, to the character, below articles that are gone from it."""
         told = [list(message) for message in server.history(session)]
         wait_until(lambda: self.see("articles()")[gone:] == told)
         assert self.see("articles()")[gone:] == told
 
-    def stop(self, server, session, gone=0):
+    def stop(self, server, session):
         """Stop the turn: what is shown is what had left, and the history keeps the same."""
         self.click("#stop")
         self.until("stopped")
-        self.check_articles(server, session, gone)
+        self.check_articles(server, session)
 
 
 class Site(Proxy):
-    """A proxy that serves these pages itself, by their paths, so that pages and streams have one origin."""
+    """A proxy that gives these answers itself, by their paths, so that pages and streams have one origin."""
 
     def __init__(self, target, pages, faults=()):
         self.pages = pages
         super().__init__(target, faults)
 
     def fault_of(self, line):
-        media_type, page = self.pages.get(line.split(" ")[1], ("", None))
-        head = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: {media_type}\r\n\r\n"
-        return super().fault_of(line) if page is None else Fault(instead=head.encode() + page)
+        page = self.pages.get(line.split(" ")[1])
+        return Fault(instead=page) if page else super().fault_of(line)
 
 
-def streams_of(proxy):
-    """The requests for streams that the page has sent, each as its method and path."""
-    return [line.removesuffix(" HTTP/1.1") for line in proxy.requests if STREAM.match(line)]
-
-
-PLAY = """      // from now on the test plays the server of each turn
-const {fetch, requestAnimationFrame} = window;
-see.pace = 1;       // so that silence is no cut
-let body, turn_id, number, wanted;
-const shown = () => see.texts(`#log > .model[data-turn="${turn_id}"] > .text`).join("");
-const until = async condition => {
-  for (const end = Date.now() + 5000; !condition() && Date.now() < end;) await scheduler.postTask(() => 0);
-};
-window.fetch = async (url, options) => options?.method !== "POST" ? fetch(url, options)
-  : new Response(new ReadableStream({start(made) { [body, {turn_id}] = [made, JSON.parse(options.body)]; }}));
-see.begin = async (...events) => {
-  [body, number, wanted] = [null, 0, ""];
-  document.querySelector("#message").value = "Hi";
-  document.querySelector("#form").requestSubmit();
-  await until(() => body);
-  return see.get({type: "session_info"}, {type: "status", context_messages: 0}, ...events);
-};
-see.chunk = text => ({type: "chunk", text, chunk_number: ++number});
-see.get = async (...events) => {        // returns what is wrong then, if anything
-  for (const event of events) {
-    if (event.type === "chunk") wanted += event.text;
-    body.enqueue(new TextEncoder().encode(JSON.stringify({...event, turn_id}) + "\\n"));
-  }
-  await until(() => shown() === wanted);
-  return shown() === wanted ? [] : [[wanted, shown()]];
-};
-see.grow = count => see.get(...Array.from({length: count}, () => see.chunk("line\\n")));
-see.end = async (kind, more) => {       // with as many messages as the server has, or the page reads the history
-  const fields = {finish_reason: "stop", total_chunks: number, processing_time: 1, message_count: 0, ...more};
-  await see.get({type: kind, ...fields});
-  body.close();
-  await until(() => ["complete", "failed"].includes(see.state()));
-};
-see.play = async (turns, deed = () => {}) => {      // returns for each turn what was wrong, and the code blocks
-  const results = [];
-  window.requestAnimationFrame = draw => { queueMicrotask(draw); return 1; };   // frames are slow
-  for (const texts of turns) {
-    const wrong = await see.begin();
-    for (const text of texts) {
-      wrong.push(...await see.get(see.chunk(text)));
-      deed();
-      wanted = shown();
-    }
-    await see.end("complete");
-    results.push([wrong, see.all(`[data-turn="${turn_id}"] .code pre`).map(code =>
-      Array.from(code.querySelectorAll("span:not(.fence)"), line => line.textContent).join(""))]);
-  }
-  Object.assign(window, {requestAnimationFrame});
-  return results;
-};
-"""
-DEEDS = """     // what other software does to the nodes of an answer after each chunk
-const on = (css, deed) => () => see.all(css).forEach(deed);
-const font = fill => on(".model > .text :not(font)", each => {
-  const [node] = each.childNodes, made = document.createElement("font");
-  if (node?.nodeType !== Node.TEXT_NODE) return;
-  node.replaceWith(made);
-  made.append(fill(node));
-});
-const deeds = {"a translator wraps": font(node => node), "a translator replaces": font(node => node.data)};
-for (const css of [".model > .text span", ".model > .text > *", ".model > .text", "#log > .model", "#log > *"]) {
-  deeds["an extension copies " + css] = on(css, each => each.replaceWith(each.cloneNode(true)));
-  deeds["an extension removes " + css] = on(css, each => each.remove());
-}
-const results = [];
-for (const [name, deed] of Object.entries(deeds)) results.push([name, ...await see.play([args[0]], deed)]);
-return results;
-"""
-FENCES = [              # a text, and its code blocks (CommonMark, section 4.5)
-    ("no code", []), ("a ``` b ```\n", []), ("``\nno\n``", []), ("    ```\nno\n", []), ("\t```\nno\n", []),
-    ("``` a`b\nno\n", []), ("~~\n~ ~~~\n", []), ("```py\nprint(1)\n```\nafter", ["print(1)\n"]),
-    ("before\n```\nopen\n\nto the end", ["open\n\nto the end"]), ("~~~ a`b\n```\n~~~\n", ["```\n"]),
-    ("````\n```\n````` \n", ["```\n"]), ("```\na\n``` x\n~~~\n```", ["a\n``` x\n~~~\n"]),
-    ("   ```\n  a\n  ```\n```\nb\n```", ["  a\n", "b\n"]), ("\n\n```\n\n\n```\n\n", ["\n\n"]),
-    ("```\n    ```\n", ["    ```\n"]), ("```\nx\n```\n" * 2, ["x\n", "x\n"]), ("```\r\nx\r\n```\r\ny", ["x\r\n"]),
-]
-
-
-def played(own, browser):
-    """Open the page with a session, where the test plays the server of each turn."""
-    server = own(*INSTANT)
-    browser.demo(url_of(server), server.request("POST", "/sessions/new").json["session_id"])
-    browser.run(PLAY)
+BRISK = ("--chunk-delay", "0.01", "--log", "off")
+SPACED = "  two  spaces\n\n\ta tab and " + TEXT
+FENCED = """Not code: a ``` b ```
+```py
+print(1)
+~~~
+    ```
+```
+between
+~~~
+\tif a < b:
+```
+~~~
+````
+open to the end"""
+CODE_BLOCKS = ["print(1)\n~~~\n    ```\n```\n", "\tif a < b:\n```\n~~~\n", "open to the end"]
 
 
 @ours
@@ -5346,78 +5247,50 @@ class TestThePageShowsText:
     """An answer is appended as it comes, and each character is shown. What the reader does stays."""
 
     @beside
-    def test_each_character_is_shown_as_it_comes_and_code_has_boxes(self, own, browser):
-        chance, parts = random.Random(1), ["```", "~~~", "`", "~", "\n", "\n", " ", "a", "\u2028", "\U0001f600"]
-        texts = ["".join(chance.choices(parts, k=20)) for _ in range(8)]
-        played(own, browser)
-        in_pieces = browser.see("play(args[0])", [[text[:9], *text[9:12], text[12:]] for text in texts])
-        assert in_pieces == browser.see("play(args[0])", [[text] for text in texts])
-        assert not [wrong for wrong, _ in in_pieces if wrong]
-        fenced = browser.see("play(args[0])", [list(text) for text, _ in FENCES])
-        assert fenced == [[[], code] for _, code in FENCES]
-        browser.see("play([['```py\\niiii\\nMMMM\\n```\\n']])")
-        browser.click("#log > article.model:last-of-type .copy")
-        assert browser.see("copied") == "iiii\nMMMM\n"
-        assert browser.see("begin().then(() => see.grow(3000))") == [], "there are too many"
-        browser.see("get({type: 'complete', total_chunks: 3001})")
-        browser.until("cut")
-
-    @beside
-    def test_text_is_neither_lost_nor_doubled_whatever_other_software_does(self, own, browser):
-        played(own, browser)
-        results = browser.run(DEEDS, re.findall(r"\S+\s", "one\n```py\ntwo three\nfour\n```\nfive six\n" * 2))
-        assert not [name for name, (wrong, _) in results if wrong]
+    def test_each_character_is_shown_and_fenced_code_has_boxes_to_copy(self, own, browser):
+        server = own(*INSTANT, "--chunk-words", "1")
+        session = browser.demo(url_of(server))
+        browser.say(FENCED)
+        browser.check_articles(server, session)
+        for kind in ("user", "model"):      # a whole text, and one that grew word by word
+            *closed, last = browser.see("texts(args[0])", f"#log > .{kind} .code pre")
+            assert closed == CODE_BLOCKS[:-1] and last.startswith(CODE_BLOCKS[-1]), kind
+        browser.click("#log > .model .copy")
+        assert browser.see("copied") == CODE_BLOCKS[0].removesuffix("```\n")
 
     @beside
     def test_the_reader_owns_the_scroll_position_and_the_selection(self, own, browser):
-        def by_finger():
-            browser.cdp("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": 700, "y": 500}])
-            for y in range(504, 560, 4):
-                browser.cdp("Input.dispatchTouchEvent", type="touchMove", touchPoints=[{"x": 700, "y": y}])
-            browser.cdp("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        def turn_wheel(pixels):
+            browser.cdp("Input.dispatchMouseEvent", type="mouseWheel", x=700, y=450, deltaX=0, deltaY=pixels)
 
-        ways = {
-            "the wheel": lambda: browser.cdp("Input.dispatchMouseEvent", type="mouseWheel", x=700, y=450, deltaX=0,
-                                             deltaY=-8),
-            "a key": lambda: browser.keys(ARROW_UP), "a finger": by_finger,
-            "other software": lambda: browser.run("see.all(args[0])[0].scrollTop -= 9;", box),
-            "the beginning of a smooth scroll": lambda: browser.run(
-                "see.all(args[0])[0].dispatchEvent(new WheelEvent('wheel', {deltaY: -8}));", box)}
-        played(own, browser)
-        browser.see("begin().then(() => see.grow(60))")
-        for view, box, button, line, tried in [
-                ("chat", "#log", "#latest", ".model > .text > *", 5),
-                ("wire", "#lines", "#lines-latest", "#lines > [data-type=chunk]", 2)]:
+        def scroll_by_software(pixels):
+            browser.run("see.all('#lines')[0].scrollTop += args[0];", pixels)
+
+        server = own(*CALM)
+        session = browser.demo(url_of(server))
+        browser.send("line\n" * 2000)
+        for view, scroll, box, button, line in [
+                ("chat", turn_wheel, "#log", "#latest", "#log > .model .text span"),
+                ("wire", scroll_by_software, "#lines", "#lines-latest", "#lines > [data-type=chunk]")]:
             browser.turn_to(view)
-            for how, scroll in list(ways.items())[:tried]:
-                browser.click(box)
-                browser.see("grow(5)")
-                assert browser.see("place(args[0])", box)[1] <= 2, "it does not follow"
-                scroll()
-                browser.see("grow(5)")
-                browser.wait("see.shown(args[0]).length", button)
-                place, _ = browser.see("place(args[0])", box)
-                browser.see("grow(5)")
-                assert browser.see("place(args[0])", box)[0] == place, (view, how)
-                browser.click(button)
-                browser.wait("!see.shown(args[0]).length", button)
-            browser.see("select(args[0])", line)
-            selected = browser.see("selected()")
-            browser.see("grow(5)")
-            assert "line" in selected and browser.see("selected()").startswith(selected)
-
-
-BRISK = ("--chunk-delay", "0.01", "--log", "off")
-SPACED = "  two  spaces\n\n\ta tab and " + TEXT
-FAILS_TO_DRAW = """
-const {appendData} = Text.prototype;
-console.error = () => 0;
-Text.prototype.appendData = function(text) {
-  if (!text.includes("offline")) return appendData.call(this, text);
-  Text.prototype.appendData = appendData;
-  throw new RangeError("broken on purpose");
-};
-"""
+            browser.wait("see.place(args[0]) > 50", box)
+            assert browser.see("isAtEnd(args[0])", box), "it follows"
+            scroll(-9)
+            browser.wait("see.shown(args[0]).length", button)
+            browser.run("getSelection().selectAllChildren(see.all(args[0])[0]);", line)
+            seen = "return [see.place(args[0]), getSelection().toString()];"
+            before = browser.run(seen, box)
+            browser.until_longer()
+            assert browser.run(seen, box) == before and "line" in before[1]
+            scroll(9)
+            browser.wait("see.place(args[0]) > args[1]", box, before[0])
+            browser.until_longer()
+            assert not browser.see("isAtEnd(args[0])", box), "a reader who is not at the very end stays there"
+            browser.click(button)
+            browser.until_longer()
+            assert browser.see("isAtEnd(args[0])", box), "it follows again"
+        browser.turn_to("chat")
+        browser.stop(server, session)
 
 
 @ours
@@ -5425,54 +5298,44 @@ class TestThePageChats:
     """README, "Demo page": what a person does, and what the page says about it."""
 
     @beside
-    def test_sessions_have_names_and_are_opened_begun_cleared_and_deleted(self, serve, browser):
-        def wait_for(*names):
-            shown = "texts('#sessions .name').map(name => name.trim())"
-            assert wait_until(lambda: browser.see(shown) == [*names]), browser.see(shown)
+    def test_sessions_are_opened_begun_cleared_and_deleted(self, serve, browser):
+        def choose(session):
+            """In one step, since the list may be drawn again at any moment."""
+            browser.wait("see.all(args[0]).map(each => each.click()).length", f"[data-id='{session}']")
 
-        server, first = serve(*CALM), "0123456789abcdef"
-        server.turn("What is\n a transfer chunk?", session_id=first)
+        server = serve(*CALM)
+        server.turn("What is\n a chunk?", session_id="one")
         server.turn("Hi", session_id="two")
-        browser.demo(url_of(server), first)
-        wait_for("two Hi", "01234567 What is a transfer chunk?")
-        browser.check_articles(server, first)
+        browser.demo(url_of(server), "one")
+        names = "see.texts('#sessions .name').map(name => name.trim()).join(' | ') === args[0]"
+        browser.wait(names, "two Hi | one What is a chunk?")
+        browser.check_articles(server, "one")
         browser.click("#new")
         browser.wait("!location.search && !see.articles().length")
-        browser.say("Third")
-        third = browser.run("return location.search;").partition("=")[2]
         browser.send(LONG)
         browser.until("streaming")
-        browser.click("[data-id=two]")
-        browser.wait("location.search === '?session=two'")
+        third = browser.run("return location.search;").partition("=")[2]
+        choose("two")
         browser.check_articles(server, "two")
-        browser.click(f"[data-id='{third}']")
+        choose(third)
         browser.until_longer()
         assert server.readers(third) == [1], "the answer went on"
         browser.stop(server, third)
-        wait_for(third[:8] + " Third", "two Hi", "01234567 What is a transfer chunk?")
 
-        browser.click("[data-id=two]")
-        browser.check_articles(server, "two")
-        browser.run("see.agrees = false;")
-        for button in ("#clear", "#delete"):
+        for session, button in [("one", "#clear"), ("two", "#delete")]:
+            choose(session)
+            browser.check_articles(server, session)
             browser.click(button)
-        browser.wait("see.questions === 2")
-        browser.run("see.agrees = true;")
-        assert len(server.history("two")) == 2
-        browser.click("#clear")
-        browser.wait("!see.articles().length && see.texts('[data-id=two] .name')[0].trim() === 'two'")
-        browser.say("Again")
-        browser.check_articles(server, "two")
-        assert len(server.history("two")) == 2
-        browser.click("#delete")
-        browser.wait("!see.all('[data-id=two]').length && !see.articles().length")
-        assert server.session_ids() == {first, third}
+            browser.wait("!see.articles().length")
+        assert len(browser.see("questions")) == 2
+        assert server.history("one") == [] and server.session_ids() == {"one", third}
 
     @beside
-    def test_keys_send_and_stop_with_an_input_method_and_on_a_phone_too(self, own, browser):
-        """UI Events, section 5.7: the keys of an input method have the code 229, in Safari also its last one."""
+    def test_keys_send_and_stop_but_those_of_an_input_method_do_not(self, own, browser):
+        """UI Events, 5.7: the keys of an input method have the code 229, in Safari also its last one."""
         def press(key, code):
-            browser.cdp("Input.dispatchKeyEvent", type="rawKeyDown", key=key, code=key, windowsVirtualKeyCode=code)
+            browser.cdp("Input.dispatchKeyEvent", type="rawKeyDown", key=key, code=key,
+                        windowsVirtualKeyCode=code)
 
         server = own(*CALM)
         session = browser.demo(url_of(server))
@@ -5492,60 +5355,34 @@ class TestThePageChats:
         browser.keys(ESCAPE)
         browser.until("stopped")
         browser.check_articles(server, session)
-
-        browser.cdp("Emulation.setTouchEmulationEnabled", enabled=True, maxTouchPoints=1)
-        browser.resize(360)
-        browser.click("#message")
-        browser.keys("One" + ENTER + "```" + ENTER + "two")
-        browser.click("#send")
-        browser.until("complete")
-        browser.check_articles(server, session)
-        assert [text for role, text in server.history(session) if role == "user"] == [
-            " One\n\u65e5\n" + LONG, "One\n```\ntwo"]
-        for is_open in (True, False):
-            browser.click("#sessions-toggle")
-            browser.wait("Boolean(see.shown('#new').length) === args[0]", is_open)
+        assert server.history(session)[0] == ("user", " One\n\u65e5\n" + LONG)
 
     @beside
-    def test_a_stop_a_refusal_and_a_failure_are_told_until_the_next_answer(self, own, browser):
+    def test_stop_ends_the_turn_on_the_server_and_a_refused_message_is_not_lost(self, own, browser):
+        def has_begun():
+            streams = server.stats()["streams"]
+            return any(stream["chunks"] for stream in streams if stream["session_id"] == session)
+
         server, session = own(*CALM), new_id()
-        stalls = [("sending", 0), ("waiting", b'{"type":"chunk"'), ("streaming", b'"chunk_number":3')]
-        faults = [fault for _, stall in stalls for fault in (Fault(stall=stall), Fault())]
+        stalls = [("sending", 0, ""), ("waiting", b'{"type":"chunk"', ""),
+                  ("streaming", b'"chunk_number":3', "You said: " + "word " * 6)]
+        faults = [fault for _, stall, _ in stalls for fault in (Fault(stall=stall), Fault())]
         with Proxy(server.address, [*faults, Fault(instead=refusal(409))]) as proxy:
             browser.demo(proxy.url, session)
-            for state, _ in stalls:
+            for state, _, text in stalls:
                 browser.send(LONG)
-                browser.until(state)
-                if state == "streaming":
-                    browser.wait("see.answer() === args[0]", "You said: " + "word " * 6)
+                browser.wait("see.state() === args[0] && see.answer() === args[1]", state, text)
+                assert wait_until(has_begun)        # a turn without text would not be kept
                 browser.stop(server, session)
-            assert streams_of(proxy) == [f"POST /sessions/{session}/stream"] * 6
-
             browser.send(SPACED)
             browser.wait("see.texts('.failed')[0].endsWith('Because I say so.')")
             assert browser.see("articles()")[-2] == ["user", SPACED]
-            browser.run(FAILS_TO_DRAW)
-            browser.click(".retry")
-            browser.wait("see.texts('.failed')[0].includes('could not show')")
-            assert "broken on purpose" in browser.see("notice()")
             browser.click(".retry")
             browser.until("complete")
             browser.check_articles(server, session)
-            assert not browser.see("notice()")
-
-            browser.send(LONG)
-            browser.until_longer()
-            proxy.down()
-            proxy.up()
-            browser.wait("see.notice().includes('Nothing is missing')")
-            server.request("POST", f"/sessions/{session}/clear")
-            browser.until("failed")
-            assert not browser.see("notice()") and "session_cleared" in browser.see("texts('.failed')")[-1]
-            browser.wait("see.texts('#log > .end')[0].includes('no longer has')")
-            browser.click(".retry")
-            browser.until("streaming")
-            browser.stop(server, session, gone=8)
-            assert not browser.see("notice()") and not browser.see("texts('.failed, .retry')")
+            browser.send("x" * 100_001)
+            browser.wait("see.notice().includes('at most 100,000')")
+            assert browser.see("all('#message')[0].value.length") == 100_001
 
     @beside
     def test_the_token_is_asked_for_and_kept_for_the_tab_alone(self, own, browser):
@@ -5554,36 +5391,13 @@ class TestThePageChats:
         for token in ("wrong", TOKEN):
             browser.wait(f"{asked} && document.activeElement.id === 'token'")
             browser.keys(token + ENTER)
-        browser.wait(f"!{asked} && document.activeElement.id === 'message'")
+        browser.wait(f"!{asked}")
         browser.say("Hi")
         browser.reload()
         browser.check_articles(server, session)
-        assert not browser.run(f"return {asked};")
         kept = "return JSON.stringify({...window[args[0]]}) + document.cookie + location;"
-        assert TOKEN in browser.run(kept, "sessionStorage") and TOKEN not in browser.run(kept, "localStorage")
-        with browser.another():
-            browser.demo(url_of(server), session)
-            browser.wait(asked)
-
-    @beside
-    def test_the_page_is_quiet(self, serve, browser):
-        """While nothing happens it asks for the list every 4 s, here 0.8 s, and for nothing while it is hidden."""
-        server = serve(*CALM)
-        with Proxy(server.address) as proxy:
-            session = browser.demo(proxy.url)
-            browser.say("Hi")
-            browser.wait("see.texts('#sessions .name')[0].endsWith('Hi') && see.texts('#sessions small')[0][0] === '2'")
-            before, began = len(proxy.requests), time.monotonic()
-            time.sleep(1.5)
-            asked, seconds = proxy.requests[before:], time.monotonic() - began
-            assert {*asked} == {"GET /sessions HTTP/1.1"} and len(asked) <= seconds / 0.8 + 1
-            browser.send(LONG)
-            browser.until("streaming")
-            browser.run("Object.defineProperty(document, 'hidden', {value: true});")
-            time.sleep(0.3)     # what was asked before is over
-            before = len(proxy.requests)
-            time.sleep(1)
-            assert len(proxy.requests) == before and server.readers(session) == [1], "an answer is read on"
+        assert TOKEN in browser.run(kept, "sessionStorage")
+        assert TOKEN not in browser.run(kept, "localStorage")
 
 
 @ours
@@ -5592,8 +5406,11 @@ class TestThePageRecovers:
 
     @beside
     def test_a_cut_at_any_place_neither_loses_nor_doubles_text(self, own, browser):
-        cuts = [0, 9, 100, b'{"type":"status"', b'"chunk_number":2', b'"text":"', b'"is_final":true', b"\n\r\n0\r\n"]
-        trouble = [refusal(503, "Retry-After: 1"), refusal(408), refusal(502, body=b"<html>"), b""]
+        cuts = [0, 9, 100, b'{"type":"status"', b'"chunk_number":2', b'"text":"', b'"is_final":true',
+                b"\n\r\n0\r\n"]
+        complete = line_of("complete", finish_reason="stop", total_chunks=1, processing_time=1)
+        trouble = [refusal(503, "Retry-After: 1"), refusal(408), refusal(502, body=b"<html>"), b"",
+                   stream_of(line_of("chunk", text="not the first", chunk_number=2)), stream_of(complete)]
         faults = [Fault(stall=b'"chunk_number":3'), Fault(), *cut_once(cuts), *BYTE_BY_BYTE,
                   *(fault for raw in trouble for fault in (Fault(instead=raw), Fault()))]
         server = own(*BRISK)
@@ -5607,122 +5424,84 @@ class TestThePageRecovers:
             for _ in range(1, turns):
                 browser.say(TEXT)
             browser.check_articles(server, session)
-            assert {*streams_of(proxy)} == {f"POST /sessions/{session}/stream"}, "its own turn is sent again"
+            asked = {line for line in proxy.requests if STREAM.match(line)}
+            assert asked == {f"POST /sessions/{session}/stream HTTP/1.1"}, "its own turn is sent again"
             assert server.stats()["total_requests"] == before + turns and not next(proxy.faults, None)
 
     @beside
     def test_a_reload_and_a_second_window_go_on_with_question_and_answer(self, own, browser):
         server = own(*CALM)
         with Proxy(server.address) as proxy:
-            session, first = browser.demo(proxy.url), browser.ask("GET", "/window")
-            started = time.monotonic()
+            session = browser.demo(proxy.url)
             browser.send(SPACED + LONG)
-            with browser.another() as second:
+            browser.until_longer()
+            browser.reload()
+            browser.until_longer()
+            with browser.another():
                 browser.demo(proxy.url, session)
-                browser.wait("see.articles()[0][1] === args[0]", SPACED + LONG)
                 browser.until_longer()
                 proxy.down()
                 proxy.up()
-                for window in (second, first):
-                    browser.show(window)
-                    browser.wait("see.notice().includes('Nothing is missing')")
-                    browser.until_longer()
+                browser.wait("see.notice().includes('Nothing is missing')")
                 assert wait_until(lambda: server.readers(session) == [2])
-                posts = [line for line in streams_of(proxy) if line.startswith("POST")]
-                assert len(posts) in (2, 3), "the first window alone sends the turn again, perhaps twice"
-
-                time.sleep(max(0, started + 2 - time.monotonic()))
-                browser.reload()
-                browser.until("streaming")
-                browser.until_longer()
-                age = time.monotonic() - started
-                elapsed = float(re.search(r"· (\S+) s", browser.see("texts('#progress')")[0])[1])
-                assert age - 1.5 < elapsed < age + 1, "the Date field has whole seconds"
-                assert browser.see("articles()")[0] == ["user", SPACED + LONG]
-                browser.turn_to("wire")
-                facts = browser.see("texts('#wire-facts')")[0]
-                assert "not measured" in facts and "first chunk" not in facts
-                assert browser.see("all('#lines > [data-type=chunk]')[0].className") == "line repeated"
-                browser.turn_to("chat")
                 browser.stop(server, session)
-                browser.show(second)
-                browser.until("stopped")
-                browser.check_articles(server, session)
-                browser.reload()
-                browser.until("stopped")
-                browser.check_articles(server, session)
-            assert streams_of(proxy)[-1] == f"GET /sessions/{session}/stream?after=0"
-        assert len(server.history(session)) == 2
+            browser.until("stopped")
+            browser.check_articles(server, session)
+        assert [role for role, _ in server.history(session)] == ["user", "model"]
 
     @beside
-    def test_what_other_clients_say_is_shown_in_its_place_and_moves_nothing(self, own, browser):
-        server = own(*BRISK)
+    def test_the_page_asks_seldom_and_shows_what_other_clients_say_in_its_place(self, serve, browser):
+        """While nothing happens it asks for the list every 4 s, here 0.2 s, and for nothing while hidden."""
+        def asked_in(seconds):
+            before = len(proxy.requests)
+            time.sleep(seconds)
+            return proxy.requests[before:]
+
+        server = serve(*BRISK)
         with Proxy(server.address) as proxy:
             session = browser.demo(proxy.url)
+            browser.run("see.pace = 20;")
             browser.say("One")
-            proxy.fault_of = lambda line: Fault(instead=refusal(503) if line.startswith("GET /sessions ") else None)
+            browser.wait("see.texts('#sessions button')[0].includes('One2 messages')")
+            began, asked = time.monotonic(), asked_in(0.7)
+            assert {*asked} == {"GET /sessions HTTP/1.1"}
+            assert len(asked) <= (time.monotonic() - began) / 0.2 + 1
+            browser.run("Object.defineProperty(document, 'hidden', {value: true, configurable: true});")
+            asked_in(0.2)       # what was asked before is over
+            assert asked_in(0.5) == []
+            browser.run("delete document.hidden;")
+
+            proxy.fault_of = lambda line: Fault(instead=refusal(503) if line[:3] == "GET" else None)
             server.turn("line\n" * 60, session_id=session)
             browser.say("The page does not know what the other client said")
             proxy.fault_of = lambda line: Fault()
             browser.check_articles(server, session)
-
-            browser.turn_to("wire")
-            browser.see("select('#lines > [data-type=chunk]')")
-            line = browser.see("selected()")
-            browser.turn_to("chat")
-            browser.run("see.all('#log')[0].scrollTop = 30;")
-            focus = browser.run("return document.activeElement.id;")
+            browser.run("see.all('#sessions button')[0].focus(); see.all('#log')[0].scrollTop = 30;")
             server.turn("From another client", session_id=session)
             browser.check_articles(server, session)
-            assert browser.see("place('#log')")[0] == 30
-            assert browser.run("return document.activeElement.id;") == focus
-            browser.turn_to("wire")
-            assert '"type":"chunk"' in line and browser.see("selected()") == line, "the rows of the turn before stay"
-
-            browser.run("window.requestAnimationFrame = () => 1;")      # the page misses the frames of its answer
-            browser.send("Four")
-            assert wait_until(lambda: len(server.history(session)) == 10)
-            server.turn("Five", session_id=session)
-            browser.wait("see.articles().length === 12")
-            assert browser.see("articles()")[9][1] == server.history(session)[9][1]
+            browser.wait("see.texts('#sessions button')[0].includes('8 messages')")
+            assert browser.see("place('#log')") == 30
+            assert browser.run("return document.activeElement.dataset.id;") == session, "the focus stays"
+            server.request("POST", f"/sessions/{session}/clear")
+            browser.wait("see.texts('#log > .end')[0].includes('no longer has the messages above')")
 
     @beside
-    def test_a_server_that_was_away_was_killed_or_lost_its_memory_is_found_again(self, serve, browser, tmp_path):
-        server = serve(*CALM, "--db", f"{tmp_path}/chat.db")
-        with Site(server.address, {}) as proxy:
+    def test_a_server_that_was_away_and_lost_its_memory_is_found_again(self, serve, browser):
+        server = serve(*CALM)
+        with Proxy(server.address) as proxy:
             session = browser.demo(proxy.url)
+            browser.say("Hi")
+            browser.send(SPACED * 3)
+            browser.until_longer(10)
             proxy.down()
             browser.until("away")
-            browser.send(TEXT)
-            browser.wait("see.articles().length === 2 && see.state() === 'away'")
-            proxy.up()
-            browser.until("complete")
-            browser.check_articles(server, session)
-
-            browser.send(SPACED)
-            browser.until_longer(10)
-            server.end()
-            server = serve(*CALM, "--db", f"{tmp_path}/chat.db")
-            proxy.pages["/sessions"] = ("application/json", b'{"sessions":[]}')     # that of one of many servers
-            proxy.target = server.address
-            browser.until("complete")
-            assert "another run" in browser.see("notice()") and len(server.history(session)) == 4
-            browser.check_articles(server, session)
-
-            browser.send(LONG)
-            browser.until_longer()
-            proxy.down()
-            server = serve(*CALM)
+            server = serve(*BRISK, "--chunk-words", "1")    # so a joined text is not the whole text by chance
             proxy.target = server.address
             proxy.up()
-            browser.wait("see.notice().includes('another run') && see.state() === 'streaming'")
+            browser.until("complete")
+            browser.check_articles(server, session, gone=2)
+            assert "another run" in browser.see("notice()")
             assert "no longer has the messages above" in browser.see("texts('#log > .end')")[0]
-            browser.stop(server, session, gone=4)
-            del proxy.pages["/sessions"]
-            server.request("DELETE", f"/sessions/{session}")
-            browser.wait("see.texts('#log > .end').length === 2")
-            browser.say("Again")
-            browser.check_articles(server, session, gone=6)
 
 
 QUOTES = "it's \"quoted\" $HOME `id` !! \\n \\ %s *\n\ttab \x7f caf\u00e9 \U0001f600 \u2028 ' '' <&>"
@@ -5740,7 +5519,7 @@ def in_a_shell(line):
 
 @ours
 class TestThePageShowsTheWire:
-    """README, "Demo page": each line of a stream as it came, and what recovery does, at the press of a button."""
+    """README, "Demo page": each line of a stream as it came, and what recovery does, at a button's press."""
 
     @beside
     def test_each_line_is_shown_as_it_came_and_the_curl_line_does_the_same(self, own, browser):
@@ -5749,77 +5528,63 @@ class TestThePageShowsTheWire:
         session = browser.demo(url_of(server), view="#wire")
         browser.say(QUOTES)
         browser.wait(BODY_HAS_ENDED)
-        rows, facts = browser.see(WIRE_ROWS), browser.see("all('#wire-facts')[0].innerText")
+        rows = browser.see(WIRE_ROWS)
+        kinds = [kind for kind, *_ in rows]
+        assert kinds[:2] == ["request", "response"] and "ping" in kinds
         line, body = rows[0][4].split("\n")
         assert line == f"POST /sessions/{session}/stream HTTP/1.1" and json.loads(body)["message"] == QUOTES
         assert re.match(r"HTTP 200 OK\n(.*\n)*content-type: application/x-ndjson", rows[1][4])
         stream = b"".join(server.follow(session).read().lines).decode()
         assert "".join(raw + "\n" for kind, *_, raw in rows if kind in EVENTS and kind != "ping") == stream
-        assert [kind for kind, *_ in rows[:2]] == ["request", "response"] and "ping" in [kind for kind, *_ in rows]
         sizes = [len(raw) + 1 if kind in EVENTS else 0 for kind, *_, raw in rows]
         assert [row[3] for row in rows] == [f"{size} ({size:x})" if size else "" for size in sizes]
-        assert f" {sum(sizes):,} bytes" in facts
-
         for (_, before, *_), (_, since, gap, *_) in itertools.pairwise(rows):
             assert abs(float(gap) - (float(since) - float(before))) < 0.002
         chunks = [float(since) for kind, since, *_ in rows if kind == "chunk"]
-        assert all(since >= 0.1 * number for number, since in enumerate(chunks)), "earlier than the pace allows"
-        assert f"first chunk after {chunks[0]:.3f} s" in facts
-        ticks = browser.see("all('#picture [data-type=chunk]').map(tick => tick.getAttribute('d'))")
-        ticks = [float(re.match(r"M([\d.]+)", tick)[1]) for tick in ticks]
-        assert all(abs(tick / 1000 - since) < 0.002 for tick, since in zip(ticks, chunks, strict=True))
-
+        assert all(since >= 0.1 * number for number, since in enumerate(chunks)), "the pace does not allow it"
         history = server.history(session)
         browser.click("#curl")
         assert in_a_shell(browser.see("copied")) == stream and server.history(session) == history
 
     @beside
     def test_a_connection_is_dropped_and_resumed_and_a_turn_sent_again(self, own, browser):
-        server, usable = own(*CALM), "all('#wire .row button:enabled').map(button => button.id)"
+        server = own(*CALM)
         session = browser.demo(url_of(server), view="#wire")
-        assert browser.see(usable) == []
         browser.send(LONG)
         browser.until_longer(80)
-        assert browser.see(usable) == ["drop", "again", "curl"]
         browser.click("#drop")
         browser.until("dropped")
-        assert browser.see(usable) == ["resume", "again", "curl"]
-        assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
+        assert wait_until(lambda: server.readers(session) == [0]), "it reads on, or the turn has ended"
         browser.click("#resume")
         browser.until_longer()
         assert "Nothing is missing" in browser.see("notice()") and server.readers(session) == [1]
-        assert browser.see("all('#picture [data-type=cut]').length") == 1
         chunks = [raw for kind, *_, raw in browser.see(WIRE_ROWS) if kind == "chunk"]
         assert len(set(chunks)) == len(chunks), "a chunk came twice"
-        browser.click("#again")
-        browser.wait("see.all('#lines [data-type=session_info]').length === 3")
         browser.stop(server, session)
         browser.click("#again")
         browser.wait(f"see.all('#lines [data-type=complete]').length === 2 && {BODY_HAS_ENDED}")
         browser.check_articles(server, session)
         asked = [raw.split(" HTTP/1.1")[0] for kind, *_, raw in browser.see(WIRE_ROWS) if kind == "request"]
-        assert asked[:1] + asked[2:] == [f"POST /sessions/{session}/stream"] * 3
+        assert asked[0] == asked[-1] == f"POST /sessions/{session}/stream"
         assert int(asked[1].removeprefix(f"GET /sessions/{session}/stream?after=")) > 3
-        assert len(server.history(session)) == 2
 
 
-TRY = """         // send the request as the page has it, with this session, and with this body if it has one
-const [id, session, body, wait] = args, box = document.getElementById(id);
-const soon = () => new Promise(then => setTimeout(then, 20));
+TRY = """         // fill in the session, and the body if the request has one, and press "Try it"
+const [id, session, body] = args, box = document.getElementById(id);
 box.open = true;
-while (!box.querySelector("form")) await soon();
-const form = box.querySelector("form"), {request} = form.elements, [head, example] = request.value.split("\\n\\n");
-request.value = head.replace("{session_id}", session) + (example === undefined ? "" : "\\n\\n" + (body ?? example));
-form.dispatchEvent(new Event("input", {bubbles: true}));
-form.querySelector(".try").click();
-while (wait && form.querySelector(".try").disabled) await soon();
-return ["status", "headers", "body"].map(name => form.querySelector(".answer > ." + name)?.innerText ?? "");
+while (!box.querySelector("form")) await new Promise(then => setTimeout(then, 20));
+const [request] = box.querySelector("form").elements, [head, example] = request.value.split("\\n\\n");
+request.value = head.replace("{session_id}", session) + (example ? "\\n\\n" + body : "");
+request.dispatchEvent(new Event("input", {bubbles: true}));
+box.querySelector(".try").click();
 """
 
 
-def try_out(browser, operation, session="", body=None, wait=True):
-    """What the page shows of the answer: its times, its head, and its body unless it is a stream."""
-    return browser.run(TRY, operation, session, body, wait)
+def try_out(browser, operation, session, body):
+    """What the page shows of the whole answer."""
+    browser.run(TRY, operation, session, body)
+    browser.wait("see.texts(args[0])[0].includes('all after')", f"#{operation} .status")
+    return browser.see("texts(args[0])[0]", f"#{operation} .answer")
 
 
 @ours
@@ -5827,78 +5592,40 @@ class TestThePageShowsTheApi:
     """README, "Demo page": the operations of /openapi.json, each with a request to be edited and sent."""
 
     @beside
-    def test_every_operation_can_be_tried_and_its_curl_line_does_the_same(self, own, browser):
+    def test_every_operation_can_be_tried_below_a_path_of_a_proxy_too(self, own, browser):
         needs("curl")
         server, session = own("--token", TOKEN, *INSTANT), new_id()
         turn = json.dumps({"message": QUOTES, "session_id": session, "turn_id": "t-1"}, ensure_ascii=False)
-        browser.open(url_of(server) + "/docs#get-openapi-json")
-        browser.run("sessionStorage.token = args[0];", TOKEN)
-        browser.reload()
-        browser.wait("document.activeElement.closest('.operation[open]').id === 'get-openapi-json'")
-        browser.click("#post-chat-stream summary")
-        browser.wait("location.hash === '#post-chat-stream'")
-        fields = browser.see("texts('#post-chat-stream .docs td:first-child')")
-        assert fields == ["message", "session_id", "turn_id", *EVENTS]
-        told = [f"{method.upper()}{path} {operation['summary']}"
-                for path, item in server.get("/openapi.json")["paths"].items() for method, operation in item.items()]
-        assert sorted(browser.see("texts('.operation > summary')")) == sorted(told)
-
-        names = sorted(browser.see("all('.operation').map(box => box.id)"), key=lambda name: name.startswith("delete"))
-        for name in names:
-            status, head, body = try_out(browser, name, session, turn if name.endswith("stream") else "{\t}")
-            assert re.fullmatch(r"Head after \d+\.\d{3} s, all after \d+\.\d{3} s", status), name
-            assert re.search("(?si)^HTTP 200 OK\n.*content-type: .*(json|html)", head), name
-            if name.startswith("delete"):
-                server.request("POST", "/sessions/new", {"session_id": session})
-            browser.click(f"#{name} .copy")
-            printed = in_a_shell(browser.see("copied"))
-            if lines := browser.see("all(args[0]).map(row => row.lastChild.data)", f"#{name} .answer .line"):
-                assert printed.splitlines() == lines and json.loads(lines[-1])["type"] == "complete"
-            elif "html" in head:
-                assert [printed] == browser.see("texts(args[0])", f"#{name} .answer > .body")
-            else:
-                assert json.loads(printed).keys() == json.loads(body).keys()
-        assert "$STREAMCHAT_TOKEN" in browser.see("copied") and TOKEN not in browser.see("texts('#api')")[0]
-        for body, code in [('{"message": "Hi",}', "invalid_json"), ("", "invalid_json"), ("{}", "invalid_field")]:
-            _, head, shown = try_out(browser, "post-chat-stream", body=body)
-            assert head.startswith("HTTP 400 Bad Request\n") and "application/problem+json" in head
-            assert json.loads(shown)["code"] == code
-
-    @beside
-    def test_the_page_works_below_a_path_of_a_proxy_and_an_answer_can_be_aborted(self, own, browser):
-        server, session = own(*CALM), new_id()
         below = [("location / {", "location /ai/ {"), ("proxy_pass http://chat;", "proxy_pass http://chat/;")]
         with nginx(server, *below) as (host, port):
-            browser.demo(f"http://{host}:{port}/ai", session)
-            browser.say(TEXT)
-            browser.check_articles(server, session)
             browser.open(f"http://{host}:{port}/ai/docs")
-            browser.wait("see.shown('#post-chat-stream').length")
-            try_out(browser, "post-chat-stream", body=json.dumps({"message": LONG, "session_id": session}), wait=False)
-            browser.wait("see.all('#post-chat-stream .answer .line').length > 3")
-            assert "/ai/chat/stream'" in browser.see("texts('#post-chat-stream .curl')")[0]
-            assert server.readers(session) == [1]
-            browser.click("#post-chat-stream .abort")
-            browser.wait("see.texts('#post-chat-stream .status')[0].startsWith('Aborted after')")
-            assert wait_until(lambda: server.readers(session) == [0]), "the page is a reader still, or the turn ended"
+            browser.run("sessionStorage.token = args[0];", TOKEN)
+            browser.reload()
+            browser.wait("see.all('.operation').length")
+            names = browser.see("all('.operation').map(box => box.id)")
+            assert len(names) == sum(map(len, server.get("/openapi.json")["paths"].values()))
+            for name in sorted(names, key=lambda name: name.startswith("delete")):
+                answer = try_out(browser, name, session, turn if name.endswith("stream") else "{\t}")
+                assert "HTTP 200 OK\n" in answer, name
+                if name.startswith("delete"):
+                    server.request("POST", "/sessions/new", {"session_id": session})
+                browser.click(f"#{name} .copy")
+                printed = in_a_shell(browser.see("copied"))
+                is_json = "content-type: application/json" in answer
+                parts = [f'"{key}"' for key in json.loads(printed)] if is_json else printed.splitlines()
+                assert parts and all(part in answer for part in parts), name
+            assert "$STREAMCHAT_TOKEN" in browser.see("copied")
+            assert TOKEN not in browser.see("texts('#api')")[0]
+            answer = try_out(browser, "post-chat-stream", session, '{"message": "Hi",}')
+            assert "HTTP 400 Bad Request\n" in answer and '"invalid_json"' in answer
 
 
 HOSTILE_TEXT = "\n".join([
-    "<img src=x onerror='ran = 1'>", "</script><script>ran = 1</script>", "</div></article><svg onload='ran = 1'>",
-    "<iframe srcdoc='<script>top.ran = 1</script>'>", "javascript:ran = 1", "[link](javascript:ran=1)",
-    "<!-- </style> --> &lt;b&gt; &amp; &#60;", "a\u202eb \u2066c \u200fd\u061c \u2029e \x85f",
-    "\\u0000 \x00 \x07 \x1b[31m \x7f \ufffe", "x" * 10_000, "\U0001f600" * 2000,
+    "<img src=x onerror='ran = 1'>", "</script><script>ran = 1</script>", "javascript:ran = 1",
+    "<iframe srcdoc='<script>top.ran = 1</script>'>", "[link](javascript:ran=1)", "<!-- --> &lt;b&gt; &#60;",
+    "a\u202eb \u2029e \x85f", "\\u0000 \x00 \x1b[31m \x7f \ufffe", "x" * 10_000, "\U0001f600" * 2000,
     "```<img src=x onerror='ran = 1'>", "</pre><script>ran = 1</script>" + "y" * 5000, "```",
 ])
-MISFITS = """       // what is wider than its box, or not wholly in the window
-const scrolling = ".code pre";
-return see.shown("html, body, body *").filter(element => {
-  if (element.matches(".one-line, textarea, input, svg *")) return false;
-  const {clientWidth, scrollWidth} = element, {left, right} = element.getBoundingClientRect();
-  return clientWidth && scrollWidth > clientWidth + 1 && !element.matches(scrolling)
-         || (left < -1 || right > innerWidth + 1) && !element.closest(scrolling);
-}).map(({outerHTML}) => outerHTML.slice(0, 100));
-"""
 
 
 @ours
@@ -5907,39 +5634,30 @@ class TestThePageIsSafe:
 
     @beside
     def test_whatever_comes_from_outside_is_shown_as_it_is_and_never_runs(self, own, browser):
-        forged = HOSTILE_TEXT.replace("\n", " ")
-        session = {**dict.fromkeys(("session_id", "model", "created_at", "last_activity"), forged), "message_count": 2}
-        messages = [{"role": role, "text": HOSTILE_TEXT, "timestamp": forged, "turn_id": forged}
-                    for role in (forged, "model")]
-        answers = {"/": {"model": forged},
-                   "/sessions": {"sessions": [session, {**session, "session_id": "s-1"}]},
-                   "/sessions/s-1": {**session, "messages": messages, "latest_turn": None}}
-        pages = {path: ("application/json", json.dumps(answer).encode()) for path, answer in answers.items()}
-        problem = json.dumps({"detail": HOSTILE_TEXT, "code": forged}).encode()
-        events = [{"type": "session_info", "model": HOSTILE_TEXT}, {"type": "status", "message": HOSTILE_TEXT},
-                  {"type": HOSTILE_TEXT}, {"type": "constructor", HOSTILE_TEXT: 1}, {"type": "__proto__"}]
-        ends = [("complete", {"finish_reason": "constructor", "usage": {"total_tokens": HOSTILE_TEXT}}),
-                ("error", {"code": HOSTILE_TEXT, "message": HOSTILE_TEXT})]
-        with Site(own(*INSTANT).address, pages, [Fault(instead=refusal(418, body=problem))]) as site:
+        fields = ("session_id", "model", "created_at", "last_activity")
+        session = {**dict.fromkeys(fields, HOSTILE_TEXT), "message_count": 2}
+        message = {"text": HOSTILE_TEXT, "timestamp": HOSTILE_TEXT, "turn_id": HOSTILE_TEXT}
+        messages = [{"role": HOSTILE_TEXT, **message}, {"role": "model", **message}]
+        latest = {"turn_id": "t-1", "message": HOSTILE_TEXT, "started": HOSTILE_TEXT, "chunks": 0}
+        pages = {"/sessions": page_of({"sessions": [session, {**session, "session_id": "s-1"}]}),
+                 "/sessions/s-1": page_of({**session, "messages": messages, "latest_turn": latest})}
+        chunk = line_of("chunk", text=HOSTILE_TEXT, chunk_number=1)
+        complete = line_of("complete", finish_reason="constructor", total_chunks=1, processing_time=1,
+                           message_count=2, usage={"total_tokens": HOSTILE_TEXT})
+        error = line_of("error", code=HOSTILE_TEXT, message=HOSTILE_TEXT)
+        info = line_of("session_info", turn_id="t-1", model=HOSTILE_TEXT)
+        streams = [stream_of(info, line_of(HOSTILE_TEXT), line_of("__proto__"), chunk, complete),
+                   stream_of(chunk, error)]
+        with Site(own(*INSTANT).address, pages, [Fault(instead=stream) for stream in streams]) as site:
             browser.demo(site.url, "s-1")
-            browser.wait("see.texts('#server')[0] === args[0]", f"Model: {forged}")
+            browser.until("complete")
+            browser.wait("see.texts('#server')[0] === args[0]", f"Model: {HOSTILE_TEXT}")
             browser.wait("see.texts('#sessions .name').some(name => name.startsWith('s-1 <img'))")
             browser.send(HOSTILE_TEXT)
             browser.wait("see.texts('.failed')[0].endsWith(args[0])", HOSTILE_TEXT)
-            browser.run(PLAY)
-            for kind, more in ends:
-                browser.see("begin(...args[0]).then(() => see.get(see.chunk(args[1])))", events, HOSTILE_TEXT)
-                browser.see("end(...args)", kind, {"message_count": 2, **more})
-            texts = [text for _, text in browser.see("articles()")]
-            assert texts == [*[HOSTILE_TEXT] * 3, "", *["Hi", HOSTILE_TEXT] * 2]
+            assert [text for _, text in browser.see("articles()")] == [HOSTILE_TEXT] * 6
             made = browser.see("all('#log *, #lines *, #sessions *, #title *').map(each => each.localName)")
-            assert " ".join(sorted({*made})) == "article button div h3 li p pre small span", "none is made of data"
-            _, complete, error = browser.see("texts('article > .end')")
-            assert "function" not in complete and HOSTILE_TEXT in error, "a name that objects inherit"
-            browser.resize(320)
-            for view in ("wire", "chat"):
-                browser.turn_to(view)
-                assert not browser.run(MISFITS), view
+            assert " ".join(sorted({*made})) == "article button div h3 li p pre small span"
             browser.run("setTimeout(() => { document.body.innerHTML = '<b>HTML</b>'; }); "
                         "setTimeout(() => eval('window.ran = 1'));")
             assert wait_until(lambda: "TrustedHTML" in str(browser.errors())), "the browser keeps the policy"
@@ -5947,125 +5665,82 @@ class TestThePageIsSafe:
 
     @beside
     def test_the_policy_names_this_script_and_this_style_and_no_other_source(self, own):
-        """Content Security Policy Level 3."""
         page = own(*INSTANT).request("GET", "/demo")
-        policy = dict(directive.split(" ", 1) for directive in page.headers["content-security-policy"].split("; "))
+        policy = {
+            "default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'",
+            "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
+            "trusted-types 'none'"}
         for tag in ("script", "style"):
             [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", page.body.decode(), re.DOTALL)
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-            assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
-        assert policy == {
-            "default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
-            "form-action": "'none'", "frame-ancestors": "'none'", "require-trusted-types-for": "'script'",
-            "trusted-types": "'none'"}
-        assert own(*INSTANT).request("GET", "/docs").body == page.body and len(page.body) < 55 << 10
+            policy.add(f"{tag}-src 'sha256-{digest}'")
+        assert {*page.headers["content-security-policy"].split("; ")} == policy
 
 
-CONTRASTS = """     // of the texts that are seen (WCAG 2.2, section 1.4.3); a button that can't be used needs none
-const numbers = colour => colour.match(/[0-9.]+/g).map(Number);
-const light = colour => numbers(colour).slice(0, 3).map(n => n / 255)
-  .reduce((sum, n, at) => sum + [.2126, .7152, .0722][at] * (n <= .04045 ? n / 12.92 : ((n + .055) / 1.055) ** 2.4), 0);
-const behind = element => {
-  const {backgroundColor} = getComputedStyle(element);
-  return numbers(backgroundColor)[3] === 0 ? behind(element.parentElement) : backgroundColor;
-};
-const contrast = (element, pseudo) => {
-  const [dark, bright] = [getComputedStyle(element, pseudo).color, behind(element)].map(light).sort((a, b) => a - b);
-  return [element.outerHTML.slice(0, 100), (bright + .05) / (dark + .05)];
-};
-const speaks = element => Array.from(element.childNodes).some(node => node.nodeType === 3 && node.data.trim());
-const seen = see.shown("body *").filter(element => !element.matches(":disabled, .fence"));
-return [...seen.filter(element => speaks(element) || element.matches(".copy")).map(element => contrast(element)),
-        ...seen.filter(element => element.placeholder).map(element => contrast(element, "::placeholder"))];
-"""
 CONTROLS = "a, button, input, textarea, summary, .scroll"
-NAMED = {"button", "link", "textbox", "DisclosureTriangle", "dialog", "log", "image", "region", "navigation"}
-CODE = f"Look:\n```py\n{'x' * 300} = 1\n```\n{'word ' * 60}\n"
+NAMED = {"button", "link", "textbox", "DisclosureTriangle", "log", "image", "region", "navigation"}
+WIDE = f"{'x' * 300}\n```py\n{'x' * 300} = 1\n```\n"
+MISFITS = """       // what is wider than its box
+return see.shown("body, body *")
+  .filter(each => !each.matches(".code pre, .one-line, textarea, input"))     // they scroll, or shorten
+  .filter(({clientWidth, scrollWidth}) => clientWidth && scrollWidth > clientWidth + 1)
+  .map(({outerHTML}) => outerHTML.slice(0, 100));
+"""
 
 
 @ours
 class TestThePageIsForEveryone:
-    """README, "Demo page": any width, light and dark, on paper, with or without a mouse, eyes and patience."""
-
-    def views(self, browser):
-        """Each view, which shows as much as it can, and what is at its left edge."""
-        browser.say(CODE)
-        yield "chat", "#message, #log > .model > .text"
-        browser.turn_to("wire")
-        browser.wait(BODY_HAS_ENDED)
-        yield "wire", "#message, #picture"
-        browser.turn_to("api")
-        browser.wait("see.all('#api > .operation').length")
-        browser.run("for (const box of see.all('.operation')) box.open = true;")
-        try_out(browser, "post-chat-stream", body='{"message": "' + "x" * 500 + '"}')
-        try_out(browser, "get-stats")
-        yield "api", "#api > *"
+    """README, "Demo page": any width, with or without a mouse and eyes."""
 
     @beside
-    def test_each_view_fits_any_width_is_legible_and_needs_no_mouse(self, own, browser):
-        server = own(*INSTANT)
-        browser.demo(url_of(server))
-        for view, edge in self.views(browser):
-            met = [node for node in browser.cdp("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
-            met = [(node["role"]["value"], node.get("name", {}).get("value", "").strip()) for node in met]
-            assert not [role for role, name in met if role in NAMED and not name] and "button" in dict(met), view
+    def test_each_view_fits_a_narrow_window_and_needs_no_mouse_and_no_eyes(self, own, browser):
+        browser.demo(url_of(own(*INSTANT)))
+        browser.say(WIDE)
+        for view in ("chat", "wire", "api"):
+            browser.turn_to(view)
+            if view == "api":
+                browser.wait("see.all('.operation').length")
+                browser.run("for (const box of see.all('.operation')) box.open = true;")
+                try_out(browser, "post-chat-stream", "", '{"message": "' + "x" * 500 + '"}')
+            nodes = browser.cdp("Accessibility.getFullAXTree")["nodes"]
+            met = [(node["role"]["value"], node.get("name", {}).get("value", "").strip())
+                   for node in nodes if not node["ignored"]]
+            assert not [role for role, name in met if role in NAMED and not name], view
 
             browser.run("document.activeElement.blur(); see.focused.clear();")
-            # A few more: a control may appear in the meantime, and the browser itself may be a stop on the way.
+            # A few more: a control may appear in the meantime, and the browser itself may be a stop.
             browser.keys(TAB * (browser.see("all(args[0]).length", CONTROLS) + 4))
             unreached = "shown(args[0]).filter(each => !each.disabled && !see.focused.has(each))"
             assert not browser.see(unreached + ".map(each => each.outerHTML)", CONTROLS), view
 
-            tick, colours = "getComputedStyle(see.all('#picture [data-type=chunk]')[0]).stroke", set()
-            for scheme in ("light", "dark"):
-                browser.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-                ratios = browser.run(CONTRASTS)
-                assert len(ratios) > 10 and not [each for each in ratios if each[1] < 4.5], (view, scheme)
-                colours.add(browser.run(f"return {tick};"))
-            assert len(colours) == 2, "the picture has the colours of the scheme"
-
-            for width in (1440, 768, 320):
-                browser.resize(width)
-                assert not browser.run(MISFITS), (view, width)
-                assert len({*browser.see("all(args[0]).map(each => each.getBoundingClientRect().x)", edge)}) == 1
-            small = "filter(each => Math.min(each.offsetWidth, each.offsetHeight) < 24).map(each => each.outerHTML)"
-            assert not browser.see(f"shown('button, a, summary, input').{small}"), "WCAG 2.2, section 2.5.8"
+            browser.cdp("Emulation.setDeviceMetricsOverride", width=320, height=900, deviceScaleFactor=1,
+                        mobile=False)
+            assert not browser.run(MISFITS), view
+            if view == "chat":
+                browser.click("#sessions-toggle")
+                browser.wait("see.shown('#new').length")
+                assert not browser.run(MISFITS), "with the list of sessions"
             browser.cdp("Emulation.clearDeviceMetricsOverride")
-        asked = browser.run("return performance.getEntriesByType('resource').map(entry => entry.name);")
-        assert asked and {urlsplit(url).netloc for url in asked} <= {urlsplit(url_of(server)).netloc, ""}
-
-    @beside
-    def test_the_whole_conversation_is_printed(self, own, browser):
-        server, session = own(*INSTANT), new_id()
-        for _ in range(3):
-            server.turn("line\n" * 60, session_id=session)
-        browser.demo(url_of(server), session)
-        browser.check_articles(server, session)
-        pages = base64.b64decode(browser.cdp("Page.printToPDF")["data"])
-        assert len(re.findall(rb"/Type\s*/Page\b", pages)) > 5
 
 
 # ---- Access control and the README's program, in Chromium
 
 HOSTILE_PAGE = b"""<!DOCTYPE html><link rel="icon" href="data:,"><iframe name="frame"></iframe>
-<form method="POST" enctype="text/plain" target="frame"><input name='{"message":"Hi","x":"' value='"}'></form>"""
+<form method="POST" enctype="text/plain" target="frame">
+<input name='{"message":"Hi","x":"' value='"}'></form>"""
 ATTACKS = """
 const [url] = args, chat = url + "/chat/stream", body = '{"message":"Hi"}';
-const post = options => fetch(chat, {method: "POST", body, ...options}).then(answer => answer.type, () => "refused");
-const load = (name, src) => new Promise(resolve => document.body.append(Object.assign(document.createElement(name), {
-  src, onload: () => resolve("loaded"), onerror: () => resolve("refused")})));
+const post = options => fetch(chat, {method: "POST", body, ...options})
+  .then(answer => answer.type, () => "refused");
 document.forms[0].action = chat;
 document.forms[0].submit();
-return [
-  await post({headers: {"Content-Type": "application/json"}}), await post({}), await load("img", url + "/sessions"),
-  await load("script", url + "/stats"), await post({mode: "no-cors"}),
-  await post({mode: "no-cors", body: new Blob([body])}), navigator.sendBeacon(chat, body),
-];
+return [await post({headers: {"Content-Type": "application/json"}}), await post({}),
+        await post({mode: "no-cors"}), navigator.sendBeacon(chat, body)];
 """
 FETCH = """
 const [url, headers] = args;
 const answer = await fetch(url + "/chat/stream", {method: "POST", headers, body: '{"message":"Hi"}'});
-return [answer.status, await answer.text()];
+return answer.text();
 """
 
 
@@ -6074,45 +5749,29 @@ class TestPagesOfOtherOrigins:
     """README, "Access control": what browsers let such pages do."""
 
     @beside
-    def test_a_page_of_another_origin_reaches_nothing(self, serve, browser):
-        server = serve()
-        with Site(None, {"/": ("text/html", HOSTILE_PAGE)}) as page:
+    def test_a_page_of_another_origin_reaches_nothing_unless_it_is_allowed(self, serve, browser):
+        with Site(None, {"/": refusal(200, "Content-Type: text/html", body=HOSTILE_PAGE)}) as page:
+            server = serve()
+            allowing = serve("--chunk-delay", "0.02", "--allow-origin", page.url, "--token", TOKEN)
             browser.open(page.url)
             seen = browser.run(ATTACKS, url_of(server))
-        assert seen == ["refused"] * 4 + ["opaque"] * 2 + [True], "an opaque answer tells the page nothing"
-        assert wait_until(lambda: server.log().count("forbidden_origin") == 6), server.log()
-        assert (server.stats()["total_requests"], server.stats()["total_sessions_created"]) == (0, 0)
-        browser.errors()
+            assert seen == ["refused", "refused", "opaque", True], "an opaque answer tells the page nothing"
+            assert wait_until(lambda: server.log().count("forbidden_origin") == 5), server.log()
+            assert (server.stats()["total_requests"], server.stats()["total_sessions_created"]) == (0, 0)
 
-    @beside
-    def test_a_name_that_was_rebound_to_this_machine_reaches_nothing(self, own, browser):
-        url = f"http://rebind.example:{own(*INSTANT).address[1]}"
-        browser.open(url + "/health")
-        assert '"code": "forbidden_host"' in browser.run("return document.body.innerText;")
-        status, text = browser.run(FETCH, url, {"Content-Type": "application/json"})
-        assert (status, json.loads(text)["code"]) == (403, "forbidden_host")
-
-    @beside
-    def test_a_page_of_an_allowed_origin_streams_with_the_token(self, serve, browser):
-        with Site(None, {"/": ("text/html", b'<!DOCTYPE html><link rel="icon" href="data:,">')}) as page:
-            server = serve("--chunk-delay", "0.02", "--allow-origin", page.url, "--token", TOKEN)
-            browser.open(page.url)
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
-            status, text = browser.run(FETCH, url_of(server), headers)
-            check_turn(text.encode().splitlines(keepends=True), message="Hi", **server.pace)
-            assert browser.run(FETCH, url_of(server), {})[0] == 401
-            with pytest.raises(AssertionError, match="TypeError"):      # the preflight does not allow it
-                browser.run(FETCH, url_of(server), {**headers, "X-Other": "x"})
+            lines = browser.run(FETCH, url_of(allowing), headers).encode().splitlines(keepends=True)
+            check_turn(lines, message="Hi", **allowing.pace)
+            assert '"unauthorized"' in browser.run(FETCH, url_of(allowing), {})
             browser.errors()
 
     @beside
     def test_the_readmes_program_survives_a_cut_at_any_place(self, own, browser):
         server = own(*INSTANT)
         cuts = places_to_cut(server, 97)
-        pages = {"/": ("text/html", b'<!DOCTYPE html><link rel="icon" href="data:,">'),
-                 "/chat.mjs": ("text/javascript", in_javascript("").encode())}
-        with Site(server.address, pages, cut_once(cuts)) as proxy:
-            browser.open(proxy.url)
+        program = refusal(200, "Content-Type: text/javascript", body=in_javascript("").encode())
+        with Site(server.address, {"/chat.mjs": program}, cut_once(cuts)) as proxy:
+            browser.open(f"{proxy.url}/health")     # any page of this origin
             turns = browser.run('const {chat} = await import("/chat.mjs"), [count, text] = args;' + MANY_TURNS
                                 + "return turns;", len(cuts), TEXT)
         check_turns(server, [turn[:2] for turn in turns])

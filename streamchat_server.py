@@ -985,7 +985,8 @@ class Database:
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 WIDTH = 62  # columns inside a box
 BOXES = {  # event: colour and title of its box at a terminal; other events are one line
-    "stream_started": ("36", "📡 HTTP STREAM STARTED"), "stream_completed": ("32", "📡 HTTP STREAM COMPLETED"),
+    "stream_started": ("36", "📡 HTTP STREAM STARTED"),
+    "stream_completed": ("32", "📡 HTTP STREAM COMPLETED"),
     "stream_stopped": ("32", "📡 HTTP STREAM STOPPED"), "stream_failed": ("31", "📡 HTTP STREAM FAILED"),
     "server_stopped": ("0", "📊 HTTP STREAMING SERVER STATISTICS"),
 }

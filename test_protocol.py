@@ -1,17 +1,17 @@
 """The protocol as tests: of the server and the clients beside this file, or of any other server.
 
-    python -m pytest test_protocol.py                                   # tests streamchat_server.py and its clients
-    STREAMCHAT_URL=http://host:port python -m pytest test_protocol.py   # tests the server at that address
-    python3 test_protocol.py proxy --to http://host:port                # tries a client against cuts (no pytest needed)
+    python -m pytest test_protocol.py               # tests streamchat_server.py and its clients
+    STREAMCHAT_URL=http://host:port python -m pytest test_protocol.py       # the server at that address
+    python3 test_protocol.py proxy --to http://host:port        # tries a client against cuts, without pytest
 
-The tests trust no HTTP library and no other file of the project. They read raw sockets with the strict reader below,
-and `check_turn` holds the rules of a stream; each test that streams uses both. After the tools, there is one class for
-each section of the README, whose tests are sentences of the protocol. The last class turns the reader and the rules
-against small broken servers.
+The tests trust no HTTP library and no other file of the project. They read raw sockets with the strict reader
+below, and `check_turn` holds the rules of a stream; each test that streams uses both. After the tools, there
+is one class for each section of the README, whose tests are sentences of the protocol. The last class turns
+the reader and the rules against small broken servers.
 
-The marks `core`, `sessions` and `strict` are the levels of the README's section "Conformance"; a test without a mark is
-about this project alone. Another server is held to core and sessions, or to what `-m` says. README, "Testing a server
-or a client", says what it needs.
+The marks `core`, `sessions` and `strict` are the levels of the README's section "Conformance"; a test without
+a mark is about this project alone. Another server is held to core and sessions, or to what `-m` says. README,
+"Testing a server or a client", says what it needs.
 """
 
 import argparse
@@ -74,7 +74,8 @@ class Head(NamedTuple):
 class Connection:
     """A client's connection, read strictly. It is cut after `cut_after` bytes."""
 
-    FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x21-\x7e](?:[\x20-\x7e\t]*[\x21-\x7e])?)?[ \t]*\r\n")
+    VALUE = r"[\x21-\x7e](?:[\x20-\x7e\t]*[\x21-\x7e])?"
+    FIELD = re.compile(rf"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*({VALUE})?[ \t]*\r\n")
 
     def __init__(self, address, cut_after=sys.maxsize, receive_buffer=None):
         self.socket = socket.create_connection(address, PATIENCE)
@@ -165,7 +166,7 @@ class Connection:
                 return
 
     def lines(self, head):
-        """The raw lines of a stream, each as soon as it is whole. Pings are kept apart: they are not part of a log."""
+        """The raw lines of a stream, each as soon as it is whole. Pings are kept apart: no log has them."""
         rest = b""
         for piece in self.pieces(head):
             *whole, rest = (rest + piece).split(b"\n")
@@ -215,7 +216,7 @@ def chat_request(body, *fields, **kind):
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 def event_of(line):
-    """One line is one JSON object in ASCII, under 64 KiB, without a repeated key or a value that JSON lacks."""
+    """A line is one JSON object in ASCII, under 64 KiB, without a repeated key or a value that JSON lacks."""
     assert line.isascii() and len(line) < 65_535, f"not ASCII, or too long: {line[:100]!r}"
     try:
         event = json.loads(line, object_pairs_hook=no_key_twice, parse_constant=float)
@@ -296,8 +297,8 @@ class Turn(NamedTuple):
 def check_turn(lines, *, message="", delay=0.0, words=None, after=0, **same):
     """Hold the lines of one turn against every rule of the stream, and return its events.
 
-    `message` is the user's, `delay` and `words` are the server's pace. A resume has left out chunks 1 to `after`.
-    `same` has values that session_info and the end share.
+    `message` is the user's, `delay` and `words` are the server's pace. A resume has left out chunks 1 to
+    `after`. `same` has values that session_info and the end share.
     """
     events = [event_of(line) for line in lines]
     if OUTSIDE:     # another server may send more types of events
@@ -320,7 +321,8 @@ def check_turn(lines, *, message="", delay=0.0, words=None, after=0, **same):
     if turn.end["type"] == "complete":
         check_complete(turn, message, after)
     else:
-        assert turn.end["retryable"] is STREAM_ERRORS[turn.end["code"]], f"retryable is wrong for {turn.end['code']}"
+        code, retryable = turn.end["code"], turn.end["retryable"]
+        assert retryable is STREAM_ERRORS[code], f"retryable is wrong for {code}"
         assert 0 < len(turn.end["message"]) <= 1000, "an error's message has 1 to 1,000 characters"
     check_times(turn, delay)
     return turn
@@ -346,7 +348,8 @@ def check_complete(turn, message, after):
     if end["finish_reason"] == "cancelled" and turn.chunks:
         assert turn.chunks[-1]["text"] == "", "the last chunk of a cancelled turn is empty"
     if after == 0:
-        assert message in turn.text or end["finish_reason"] != "stop", "the answer has lost some of the message"
+        is_whole = end["finish_reason"] == "stop"
+        assert message in turn.text or not is_whole, "the answer has lost some of the message"
         nothing_kept = end["finish_reason"] == "cancelled" and not turn.text
         assert end["message_count"] == before + (0 if nothing_kept else 2), "message_count is wrong"
 
@@ -377,23 +380,23 @@ def check_problem(response, status, code):
 PROXY = """\
 A proxy between a client and a server of this protocol, which cuts streams as a bad network would.
 
-Whenever bytes of a stream come from the server, the proxy may cut the client's connection, at a random byte among
-them. So a client that tries again gets further, unless --cut is 1. Each fault is printed. Other requests pass
-untouched. A client that keeps the protocol shows the same text as without the proxy, and its history has each turn
-once."""
+Whenever bytes of a stream come from the server, the proxy may cut the client's connection, at a random byte
+among them. So a client that tries again gets further, unless --cut is 1. Each fault is printed. Other
+requests pass untouched. A client that keeps the protocol shows the same text as without the proxy, and its
+history has each turn once."""
 STREAM = re.compile(r"(POST /chat|(GET|POST) /sessions/[^/ ]+)/stream[? ]")
 NEVER = sys.maxsize
 
 
 class Fault(NamedTuple):
-    """What happens to one answer. A place in it is a number of bytes, from its status line on, or the bytes there."""
+    """What happens to one answer. A place in it is a number of bytes from its start, or the bytes there."""
     cut: int | bytes = NEVER    # where the client's connection is closed (0: when the first byte has come)
     reset: bool = False         # a cut is a reset: what the client has not read yet is lost
     stall: int | bytes = NEVER  # where nothing comes any more, and the connection stays open
     delay: float = 0.0          # seconds before each piece
     split: bool = False         # each byte is a piece
-    repeat: bool = False        # the request is sent twice, as by a proxy that tries again; the first answer is lost
-    instead: bytes | None = None    # these bytes are the answer, then a close; the server sees nothing of the request
+    repeat: bool = False        # the request is sent twice, as by a proxy that tries again
+    instead: bytes | None = None    # these bytes are the answer, then a close; the server sees no request
 
 
 class Proxy:
@@ -509,7 +512,7 @@ class Link:
         cut, stall = (self.position(place, data) for place in (fault.cut, fault.stall))
         end = min(cut, stall)
         data = data[:end - self.passed]
-        self.passed += len(data)    # before it is sent: after that the next request may begin at 0 at any moment
+        self.passed += len(data)    # before it is sent: after that the next request may begin at 0
         if is_end := self.passed == end:
             self.proxy.note(self.line, f"{'cut' if end == cut else 'stall'} after {end} bytes")
         for piece in map(bytes, zip(data, strict=True)) if fault.split else [data]:
@@ -528,7 +531,8 @@ class Link:
     def cut(self, reset):
         if reset:
             self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.client.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)     # wakes `pass_requests`, which closes
+        # This wakes `pass_requests`, which closes.
+        self.client.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
 
     def end(self):
         """Wake the threads that wait for either side: a close alone would not."""
@@ -565,7 +569,8 @@ class ProxyByChance(Proxy):
 
     def note(self, line, what):
         now = datetime.now().time().isoformat("milliseconds")
-        print(f"{now}  {line[:100]!a}  {what}\n", end="", flush=True)   # in one write, since threads take turns
+        # In one write, since threads take turns.
+        print(f"{now}  {line[:100]!a}  {what}\n", end="", flush=True)
 
 
 def fraction(text):
@@ -587,14 +592,17 @@ def main():
     command = parser.add_subparsers(dest="command", required=True).add_parser(
         "proxy", help="try a client against cuts", description=PROXY,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("--to", metavar="URL", required=True, help="the server, such as http://127.0.0.1:8000")
-    command.add_argument("--port", type=int, default=8001, help="where the proxy listens (8001; 0 takes a free one)")
-    command.add_argument("--cut", type=fraction, default=0.2, metavar="P", help="chance of a cut, 0 to 1 (0.2)")
+    command.add_argument("--to", metavar="URL", required=True, help="the server, as http://127.0.0.1:8000")
+    command.add_argument("--port", type=int, default=8001,
+                         help="where the proxy listens (8001; 0 takes a free one)")
+    command.add_argument("--cut", type=fraction, default=0.2, metavar="P",
+                         help="chance of a cut, 0 to 1 (0.2)")
     command.add_argument("--stall", type=fraction, default=0, metavar="P",
                          help="chance that nothing comes any more, on a connection that stays open")
     command.add_argument("--repeat", type=fraction, default=0, metavar="P",
                          help="chance that a request is sent twice, as by a proxy that tries again by itself")
-    command.add_argument("--delay", type=fraction, default=0, metavar="S", help="seconds before each piece, 0 to 1")
+    command.add_argument("--delay", type=fraction, default=0, metavar="S",
+                         help="seconds before each piece, 0 to 1")
     command.add_argument("--split", action="store_true", help="pass on single bytes")
     command.add_argument("--seed", type=int, default=random.randrange(1_000_000), metavar="N",
                          help="make the choices of an earlier run again")
@@ -617,7 +625,8 @@ import pytest  # noqa: E402  # the command has ended here, and does not need it
 
 # ---- The levels of conformance (README, "Conformance")
 
-warnings.filterwarnings("ignore", ".*pytest.mark.(core|sessions|strict)")       # no file of settings names them
+# No file of settings names the marks.
+warnings.filterwarnings("ignore", ".*pytest.mark.(core|sessions|strict)")
 core, sessions, strict = pytest.mark.core, pytest.mark.sessions, pytest.mark.strict
 ours = pytest.mark.skipif(bool(OUTSIDE), reason="is about this project's own server and clients")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, or limits another process")
@@ -625,7 +634,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, or l
 
 @pytest.fixture(autouse=True)
 def level(request):
-    """Another server is held to core and sessions, or to what `-m` chooses. Its head fields count at strict alone."""
+    """Another server is held to core and sessions, or to what `-m` says; its head fields at strict alone."""
     levels = {mark.name for mark in request.node.iter_markers()} & {"core", "sessions", "strict"}
     Stream.is_strict = not OUTSIDE or "strict" in levels
     if OUTSIDE and levels == {"strict"} and not request.config.getoption("markexpr"):
@@ -634,7 +643,7 @@ def level(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def signals():
-    """A job in a shell's background, or under nohup, ignores some; our servers and clients would inherit that."""
+    """A job in a shell's background, or under nohup, ignores some, and what it starts inherits that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGHUP, signal.SIGQUIT) if os.name == "posix" else ():
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -679,7 +688,7 @@ def url_of(server):
 # ---- Servers: our own, which the tests start, or another one at its address
 
 class Stream:
-    """The answer to a POST or GET of a stream: its head is checked, its lines are read when a test asks for them."""
+    """The answer to a POST or GET of a stream. Its head is checked; its lines are read when a test asks."""
 
     is_strict = True
 
@@ -689,7 +698,8 @@ class Stream:
         assert self.head.status == 200, (self.head, connection.file.read1())
         expected = {"content-type": "application/x-ndjson"}
         if self.is_strict:
-            expected |= {"cache-control": "no-cache", "x-accel-buffering": "no", "x-content-type-options": "nosniff",
+            expected |= {"cache-control": "no-cache", "x-accel-buffering": "no",
+                         "x-content-type-options": "nosniff",
                          "connection": connection_field, "transfer-encoding": coding}
         assert {name: self.head.headers.get(name) for name in expected} == expected
         assert "content-length" not in self.head.headers
@@ -728,9 +738,8 @@ class Server:
         self.address = (host, port)
         options = dict(zip(flags[::2], flags[1::2], strict=False))
         self.fields = [f"Authorization: Bearer {options['--token']}"] if "--token" in options else []
-        self.pace = {"delay": float(options.get("--chunk-delay", 0.1)), "words": int(options.get("--chunk-words", 4))}
-        if OUTSIDE:
-            self.pace = {}
+        self.pace = {} if OUTSIDE else {
+            "delay": float(options.get("--chunk-delay", 0.1)), "words": int(options.get("--chunk-words", 4))}
 
     def connect(self, **kind):
         return Connection(self.address, **kind)
@@ -854,10 +863,10 @@ def environment(**more):
 
 @contextlib.contextmanager
 def running(*flags, program=None, changes="", **more):
-    """A server of our own with these flags, on a free port. It is killed at the end, and must have raised nothing.
+    """A server of our own with these flags, on a free port. At the end it is killed, and has raised nothing.
 
-    `program` is another file than ours. `changes` are statements that change the module `server`, to shorten its
-    clocks for example. `more` are variables of its environment.
+    `program` is another file than ours. `changes` are statements that change the module `server`, to shorten
+    its clocks for example. `more` are variables of its environment.
     """
     # Imported, it is compiled once, and not at each start.
     own = ["-c", START.format(changes=changes), str(SERVER.parent)]
@@ -893,7 +902,7 @@ def visiting():
 
 @contextlib.contextmanager
 def clocked(delay=0.1, heartbeat=10, window=30, changes=""):
-    """A fresh server with these clocks, in seconds: ours, or another one, by the command that its tester gives."""
+    """A fresh server with these clocks, in seconds: ours, or another one by its tester's command."""
     if not OUTSIDE:
         flags = ("--chunk-delay", str(delay), "--heartbeat", str(heartbeat), "--resume-window", str(window))
         with running(*flags, changes=changes) as own:
@@ -936,7 +945,7 @@ def shared():
 
 @pytest.fixture
 def lend(shared):
-    """Lends shared servers to a test, after which none of their turns runs on and none has raised anything."""
+    """Lends shared servers to a test. After it none of their turns runs on, and none has raised anything."""
     lent = []
 
     def borrow(start, *how, **more):

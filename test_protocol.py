@@ -5418,7 +5418,7 @@ class TestThePageRecovers:
         cuts = [0, 9, 100, b'{"type":"status"', b'"chunk_number":2', b'"text":"', b'"is_final":true',
                 b"\n\r\n0\r\n"]
         complete = line_of("complete", finish_reason="stop", total_chunks=1, processing_time=1)
-        trouble = [refusal(503, "Retry-After: 1"), refusal(408), refusal(502, body=b"<html>"), b"",
+        trouble = [refusal(503, "Retry-After: 1"), refusal(408), refusal(502, body=b"<html>"), b"", b"HTTP/1.1 20",
                    stream_of(line_of("chunk", text="not the first", chunk_number=2)), stream_of(complete)]
         faults = [Fault(stall=b'"chunk_number":3'), Fault(), *cut_once(cuts), *BYTE_BY_BYTE,
                   *(fault for raw in trouble for fault in (Fault(instead=raw), Fault()))]

@@ -5329,6 +5329,7 @@ class TestThePageChats:
         choose(third)
         browser.until_longer()
         assert server.readers(third) == [1], "the answer went on"
+        browser.wait("see.texts('#sessions .name')[0].includes('word word')")
         browser.stop(server, third)
 
         for session, button in [("one", "#clear"), ("two", "#delete")]:

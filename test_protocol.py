@@ -1087,19 +1087,14 @@ def lanes(request):
 SPACES = "".join(character for character in map(chr, range(0x110000)) if character.isspace())
 TEXTS = [
     ("one letter", "x"),
-    ("every kind of white space", "a" + "b".join(SPACES) + "c " + SPACES + "d"),
-    ("white space at both ends", "\n\n \t first and last \r\n\n"),
+    ("every kind of white space, also at both ends", SPACES + "a" + "b".join(SPACES) + "c \n\n"),
     ("a run of white space longer than a chunk", "a" + " \n" * 5000 + "b"),
-    ("markdown", "# Title\n\n* one\n    * two\n\n```python\ndef f():\n\treturn 1\n```\n\n"),
-    ("emoji", "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd"),
-    ("combining characters", "e\u0301 n\u0303 Z\u0351\u036b\u0343\u032aalgo \u0915\u094d\u0937\u093f"),
-    ("right to left", "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u202eabc\u202c \u2067x\u2069"),
-    ("line separators", "a\u2028b\u2029c\u0085d\ve\ff\rg\x1ch\x1di\x1ej"),
-    ("NUL and all other controls", "".join(map(chr, range(32))) + "x" + "".join(map(chr, range(127, 160)))),
+    ("emoji", "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d"),
+    ("right to left", "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628 \u202eabc\u202c \u2067x\u2069"),
+    ("all controls", "".join(map(chr, range(32))) + "x" + "".join(map(chr, range(127, 160)))),
     ("edges of Unicode", "\ufeff \ud7ff\ue000 \ufffd \ufffe\uffff \U00010000 \U0010ffff"),
     ("a very long word", "x" * 10_000),
     ("a very long word of combining characters", "a" + "\u0301" * 9_999),
-    ("100,000 characters", "0123456789" * 10_000),
     ("100,000 code points, each of which is two of UTF-16", "\U0001f600" * 100_000),
     ("a character that JavaScript alone takes for white space", "\ufeff"),
     ("text that looks like JSON", '","is_final":true}\n{"type":"complete"}\n\\u0041 \\n \\" \\'),
@@ -1109,9 +1104,9 @@ TEXTS = [
 HI = b'{"message":"Hi"}'
 GOOD_REQUESTS = [       # what is allowed, where that is said, requests
     ("JSON of several types, or of none", "README, Request", [
-        *(chat_request({"message": "Hi"}, f"Content-Type: {media_type}") for media_type in (
+        *(chat_request(HI, f"Content-Type: {media_type}") for media_type in (
             "application/json", "Application/JSON; charset=UTF-8", "application/x-www-form-urlencoded")),
-        chat_request({"message": "Hi"}), chat_request({"message": "Hi"}, "Accept: text/html")]),
+        chat_request(HI), chat_request(HI, "Accept: text/html")]),
     ("raw UTF-8, escapes and white space", "RFC 8259, sections 2, 7 and 8.1", [
         chat_request('{"message":"na\u00efve \U0001f600 \u2028"}'.encode()),
         chat_request(rb'{"message":"na\u00efve \ud83d\ude00 \u2028 \u0000"}'),
@@ -1125,28 +1120,27 @@ GOOD_REQUESTS = [       # what is allowed, where that is said, requests
         http_request("POST", "/sessions/new", body=b""),
         *(http_request(method, "/health", body=chat_request(HI)) for method in ("GET", "OPTIONS"))]),
     ("up to two empty lines before a request", "RFC 9112, section 2.2", [
-        b"\r\n" + chat_request({"message": "Hi"}), b"\r\n\r\n" + http_request("GET", "/health")]),
+        b"\r\n" + chat_request(HI), b"\r\n\r\n" + http_request("GET", "/health")]),
     ("HTTP/1.x", "RFC 9110, section 2.5", [
-        *(chat_request({"message": "Hi"}, version=version) for version in ("HTTP/1.0", "HTTP/1.2")),
-        http_request("GET", "/health", version="HTTP/1.9"), request_head("GET /health HTTP/1.0"),
-        chat_request({"message": "Hi"}, "Expect: 100-continue", version="HTTP/1.0")]),
+        *(chat_request(HI, version=version) for version in ("HTTP/1.0", "HTTP/1.2", "HTTP/1.9")),
+        request_head("GET /health HTTP/1.0"), chat_request(HI, "Expect: 100-continue", version="HTTP/1.0")]),
     ("every form of Host", "RFC 9110, section 7.2", [
         request_head("GET /health HTTP/1.1", f"Host:{host}") for host in (
             " localhost:8000", "LocalHost:", "127.0.0.1\t", " \t127.1.2.3:65535 ", "[::1]", "[::1]:80")]),
     ("every form of a target", "RFC 9112, section 3.2", [
         *(http_request("GET", target) for target in (
-            "http://localhost/health", "HTTP://LocalHost:8000/health?x", "https://[::1]:443/health", "http://localhost",
-            "/sessions?after=1", "/health?a/b?c:@!$&'()*+,;=%20~\"<>[]^`{|}\\")),
-        http_request("POST", "http://localhost/chat/stream", body={"message": "Hi"}),
+            "http://localhost/health", "HTTP://LocalHost:8000/health?x", "https://[::1]:443/health",
+            "http://localhost", "/sessions?after=1", "/health?a/b?c:@!$&'()*+,;=%20~\"<>[]^`{|}\\")),
+        http_request("POST", "http://localhost/chat/stream", body=HI),
         request_head("GET http://localhost/health HTTP/1.1", "Host: chat.example.com")]),
     ("a length in digits", "RFC 9110, section 8.6", [
         http_request("POST", "/chat/stream", f"Content-Length:{length}") + HI for length in (
             "16", " 00000016", f" {'16':0>5000}", "\t 16 \t")]),
     ("any other field", "RFC 9110, section 5", [
-        http_request("GET", "/health", "Content_Length: 5", "Transfer_Encoding: chunked", "X-Content-Length: 5",
-                     "TE: chunked", "Trailer: Content-Length", "X-Empty:"),
+        http_request("GET", "/health", "Content_Length: 5", "Transfer_Encoding: chunked",
+                     "X-Content-Length: 5", "TE: chunked", "Trailer: Content-Length", "X-Empty:"),
         b"GET /health HTTP/1.1\r\nhOsT:localhost\r\nX:\x80\xa0\xff\t\xe9 \t\r\n\r\n",
-        chat_request({"message": "Hi"}, "Connection: close-x, xclose", "X: close"),
+        chat_request(HI, "Connection: close-x, xclose", "X: close"),
         http_request("GET", "/health", "Connection: Upgrade", "Upgrade: h2c", "HTTP2-Settings: AA")]),
     ("a head at its limits", "README, HTTP/1.1", [
         request_head(f"GET /health?{'x' * (8192 - 23)} HTTP/1.1", "Host: localhost"),
@@ -1170,7 +1164,8 @@ class TestOnTheWire:
         _, text = case
         session = new_id()
         turn = fast.turn(text, session_id=session)
-        assert fast.history(session) == [("user", text), ("model", turn.text)]
+        kept = fast.history(session)
+        assert kept == [("user", text), ("model", turn.text)], "the history has other texts than the stream"
 
     @strict
     @cases(GOOD_REQUESTS)
@@ -1186,35 +1181,27 @@ class TestOnTheWire:
                 check_turn(Stream(connection, fast.pace, *form).read().lines, **fast.pace)
             else:
                 assert fast.response(connection, close=False).status in (200, 204), raw
-            assert connection.at_end()
+            assert connection.at_end(), f"more than one answer to {raw[:200]!r}"
             connection.close()
 
     @core
     def test_a_client_may_choose_the_ids_or_leave_that_to_the_server(self, fast):
         info = fast.turn("Hi").info
         assert str(uuid.UUID(info["session_id"])) == info["session_id"]
-        assert info["turn_id"] != fast.turn("Hi").info["turn_id"]
+        assert info["turn_id"] != fast.turn("Hi").info["turn_id"], "two turns have the same turn_id"
         for session in (uuid.uuid4().hex, "A-Za-z0-9_" + new_id(), "x" * 32 + new_id()):
             turn = fast.turn("Hi", session_id=session, turn_id="_-" + session[2:])
             assert (turn.info["created"], fast.session(session)["message_count"]) == (True, 2)
-
-    @sessions
-    def test_created_tells_whether_this_post_made_the_session(self, fast):
-        first, second = new_id(), new_id()
-        assert fast.request("POST", "/sessions/new", {"session_id": second}).status == 200
-        made = [fast.turn("Hi", session_id=session).info["created"] for session in (first, first, second)]
-        assert made == [True, False, False]
 
     @core
     def test_the_path_may_name_the_session_instead_of_the_body(self, fast):
         session = new_id()
         path, request = f"/sessions/{session}/stream", {"message": "Hi", "turn_id": "t"}
         turn = fast.open("POST", path, request).check(message="Hi", session_id=session, turn_id="t")
-        assert turn.info["created"] and fast.history(session) == [("user", "Hi"), ("model", turn.text)]
+        check_history(fast, session, "Hi", turn)
         for body in (request | {"session_id": session}, request | {"session_id": None}):
             assert fast.open("POST", path, body).check() == turn, "a retry ran the turn again"
-        assert fast.turn(**request, session_id=session) == turn, "a retry ran the turn again"
-        check_problem(fast.request("POST", path, request | {"message": "x"}), 409, "turn_id_reused")
+        assert fast.turn(**request, session_id=session) == turn, "the two paths have different turns"
 
     @core
     def test_every_turn_sees_the_messages_before_it_and_may_follow_at_once(self, fast):
@@ -1223,50 +1210,57 @@ class TestOnTheWire:
             streams.append(stream := fast.chat("Hello", session_id=session, turn_id=f"t-{count}"))
             assert stream.read_until("complete")["message_count"] == count + 2
             now = fast.session(session)
-            assert (now["message_count"], now["streaming"]) == (count + 2, False)
+            assert (now["message_count"], now["streaming"]) == (count + 2, False), "the end is two steps"
             turn = stream.check(message="Hello")
+            assert turn.info["created"] == (count == 0), "created is not whether this POST made the session"
             assert turn.status["context_messages"] == count and re.search(rf"\b{count}\b", turn.text)
-        assert fast.turn("Hello").status["context_messages"] == 0
+        assert fast.turn("Hello").status["context_messages"] == 0, "sessions share messages"
         first = fast.chat("Hello", session_id=session, turn_id="t-0").read()
         assert first.lines == streams[0].lines, "only the last turns can be sent again"
 
     @strict
-    def test_the_connection_serves_on_and_pipelined_requests_are_answered_in_order(self, fast):
+    def test_pipelined_requests_are_answered_in_order_and_the_connection_serves_on_after_errors(self, fast):
         """RFC 9112, section 9.3.2."""
+        errors = [(chat_request(b"{"), 400, "invalid_json"), (http_request("GET", "/nope"), 404, "not_found"),
+                  (http_request("BREW", "/health"), 405, "method_not_allowed")]
         connection = fast.connect()
         for _ in range(2):
             connection.send(chat_request({"message": "first"}) + b"\r\n" + http_request("GET", "/health")
-                            + http_request("GET", "/nope") + chat_request({"message": "second"}))
+                            + b"".join(raw for raw, *_ in errors) + chat_request({"message": "second"}))
             check_turn(Stream(connection, fast.pace).read().lines, message="first", **fast.pace)
             assert fast.response(connection, close=False).json["status"] == "healthy"
-            check_problem(fast.response(connection, close=False), 404, "not_found")
+            for _, status, code in errors:
+                check_problem(fast.response(connection, close=False), status, code)
             check_turn(Stream(connection, fast.pace).read().lines, message="second", **fast.pace)
         connection.close()
 
     @strict
     def test_the_connection_closes_for_a_client_that_asks_for_it_or_speaks_http_1_0(self, fast):
-        """RFC 9112, sections 6.1 and 9.6. HTTP/1.0 has no transfer coding: the end of the connection ends the body."""
-        for version, fields, coding in [
-            ("HTTP/1.1", ["Connection: Close"], "chunked"), ("HTTP/1.1", ["Connection: keep-alive, close"], "chunked"),
-            ("HTTP/1.1", ["Connection: ,\t, close ,"], "chunked"), ("HTTP/1.0", ["Connection: keep-alive"], None),
-            ("HTTP/1.1", ["Connection: x", "Connection: close"], "chunked"), ("HTTP/1.0", [], None),
+        """RFC 9112, sections 6.1 and 9.6. HTTP/1.0 has no transfer coding: the close ends the body."""
+        for version, coding, fields in [
+            ("HTTP/1.1", "chunked", ["Connection: Close"]),
+            ("HTTP/1.1", "chunked", ["Connection: ,\t, keep-alive, close ,"]),
+            ("HTTP/1.1", "chunked", ["Connection: x", "Connection: close"]),
+            ("HTTP/1.0", None, []), ("HTTP/1.0", None, ["Connection: keep-alive"]),
         ]:
             connection = fast.connect()
-            connection.send(chat_request({"message": "Hi"}, *fields, version=version))
+            connection.send(chat_request(HI, *fields, version=version))
             stream = Stream(connection, fast.pace, "close", coding).read()
-            assert connection.at_end()
+            assert connection.at_end(), f"the connection goes on after {version} {fields}"
             stream.check(message="Hi")
 
 
 class TestEvents:
-    """Pace and pings. `check_turn` holds the words of a chunk and the time between chunks against the flags."""
+    """Pace and pings. `check_turn` compares words and times of the chunks with the server's flags."""
 
     @ours
     def test_the_flags_set_the_pace(self, own):
         message = "one  two\tthree\nfour five,six " * 4
         for words, delay in [(1, 0.005), (50, 0.1), (1, 0.0012345)]:
-            turn = own("--chunk-words", str(words), "--chunk-delay", str(delay), "--log", "off").turn(message)
-            assert max(len(chunk["text"].split()) for chunk in turn.chunks) == min(words, len(turn.text.split()))
+            flags = ("--chunk-words", str(words), "--chunk-delay", str(delay), "--log", "off")
+            turn = own(*flags).turn(message)
+            longest = max(len(chunk["text"].split()) for chunk in turn.chunks)
+            assert longest == min(words, len(turn.text.split())), "the chunks are shorter than they may be"
             times = [moment(chunk["timestamp"]) for chunk in turn.chunks if chunk["text"]]
             gaps = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(times)]
             assert min(gaps, default=delay) >= delay, "the pace is exact to the microsecond"
@@ -1281,7 +1275,8 @@ class TestEvents:
         stream, late = server.chat("word " * 60).read(2), []
         while (event := event_of(stream.read(1).lines[-1]))["type"] == "chunk":
             late.append(time.time() - moment(event["timestamp"]).timestamp())
-        assert -0.001 < statistics.median(late) < 1, "half of them, since the clock may be set in the meantime"
+        # Half of them, since the clock may be set in the meantime.
+        assert -0.001 < statistics.median(late) < 1, f"seconds after their timestamps: {late}"
         stream.check(message="word " * 60)
 
     @core
@@ -1304,7 +1299,8 @@ class TestEvents:
             stream.read_until("chunk")
             silent.stop(session)
             again = silent.follow(session).read()
-            assert again.lines == stream.read().lines and not again.connection.pings
+            assert again.lines == stream.read().lines, "the two readers got different logs"
+            assert not again.connection.pings, "a log that is kept is sent without pings"
             times = [moment(event["timestamp"]) for event in (before, *stream.connection.pings)]
             gaps = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(times)]
             assert len(gaps) > 2 and min(gaps) >= 0.299, f"seconds between pings: {gaps}"
@@ -1315,29 +1311,32 @@ class TestEvents:
 # ---- README, "Turn states"
 
 COUNTERS = ("total_requests", "successful_requests", "failed_requests")
-ENDS = [                # what ends a turn, its request, the end that its readers get
-    ("a stop", "POST", "/stop", "cancelled"), ("a clear", "POST", "/clear", "session_cleared"),
-    ("a delete", "DELETE", "", "session_deleted"),
+KEPT_NOTHING = [        # what ends a turn and keeps nothing of it, the request, the code that its readers get
+    ("a clear", "POST", "/clear", "session_cleared"), ("a delete", "DELETE", "", "session_deleted"),
 ]
 
 
 def check_history(server, session, message, turn):
     """A first turn's history is the message and the joined chunks, or nothing where no text had left."""
     kept = [("user", message), ("model", turn.text)] if turn.text else []
-    assert server.history(session) == kept and turn.end["message_count"] == len(kept)
+    assert server.history(session) == kept, "the history is not what the stream said"
+    assert turn.end["message_count"] == len(kept)
 
 
 def check_balance(before, after, turns=None, failed=None):
     """Total = successful + failed + running."""
     running = after["total_requests"] - after["successful_requests"] - after["failed_requests"]
-    assert running >= 0 and running == len(after.get("streams", range(running)))
+    assert running >= 0 and running == len(after.get("streams", range(running))), "a turn is not counted once"
     if turns is not None:
-        assert after["total_requests"] - before["total_requests"] == turns
-        assert after["failed_requests"] - before["failed_requests"] == failed
+        assert after["total_requests"] - before["total_requests"] == turns, f"not {turns} turns more"
+        assert after["failed_requests"] - before["failed_requests"] == failed, f"not {failed} failures more"
 
 
 class TestTurnStates:
-    """A turn runs once, apart from its readers, and is complete or has failed. Its end is one step."""
+    """A turn runs once, apart from its readers, and is complete or has failed. Its end is one step.
+
+    A stop, a clear, a delete, a shutdown, or a window without readers ends it early.
+    """
 
     @core
     def test_a_running_turn_is_seen_and_then_complete(self, server):
@@ -1355,50 +1354,53 @@ class TestTurnStates:
         assert not server.is_running(session)
 
     @core
-    def test_one_turn_at_a_time(self, server):
+    def test_one_turn_at_a_time_and_a_turn_id_has_one_message(self, server):
         session = new_id()
-        stream = server.chat(LONG, session_id=session, turn_id="t").read(2)
-        for turn_id in (None, "u"):
-            request = {"message": "Hi", "session_id": session, "turn_id": turn_id}
-            detail = check_problem(server.request("POST", "/chat/stream", request), 409, "session_busy")["detail"]
-            assert OUTSIDE or ("curl" in detail and f"/sessions/{session}/stop" in detail)
+        server.turn("first", session_id=session, turn_id="old")
+        stream = server.chat(LONG, session_id=session, turn_id="latest").read(2)
+        for turn_id, code in [(None, "session_busy"), ("u", "session_busy"),
+                              ("old", "turn_id_reused"), ("latest", "turn_id_reused")]:
+            refused = {"message": "Hi", "session_id": session, "turn_id": turn_id}
+            check_problem(server.request("POST", "/chat/stream", refused), 409, code)
         server.stop(session)
         stream.check()
-        assert server.turn("Hi", session_id=session).status["context_messages"] in (0, 2)
+        check_problem(server.request("POST", "/chat/stream", refused), 409, "turn_id_reused")
+        context = server.turn("Hi", session_id=session).status["context_messages"]
+        assert context in (2, 4), "a refused turn is in the history"
+        elsewhere = server.turn("Hi", session_id=new_id(), turn_id="old")
+        assert elsewhere.info["created"], "a turn_id belongs to its session alone"
 
     @core
     def test_a_stop_ends_the_turn_with_the_text_that_was_released(self, server):
-        session = new_id()
+        session, before = new_id(), server.stats()
         readers = [server.chat(LONG, session_id=session), server.follow(session)]
         readers[0].read_until("chunk", 5)
-        assert server.stop(session)
+        assert server.stop(session), "the stop found no turn"
         turns = [stream.check() for stream in readers]
-        assert turns[0] == turns[1] and turns[0].end["finish_reason"] == "cancelled"
-        assert 5 <= len(turns[0].chunks) < 200
+        assert turns[0] == turns[1], "the two readers got different turns"
+        assert turns[0].end["finish_reason"] == "cancelled" and 5 <= len(turns[0].chunks) < 200
         check_history(server, session, LONG, turns[0])
-        assert not server.stop(session), "the second stop finds a turn"
+        assert not server.stop(session), "the second stop found a turn"
         assert server.turn("Hi", session_id=session).status["context_messages"] == 2
+        check_balance(before, server.stats(), turns=2, failed=0)
 
     @core
     def test_a_stop_may_name_the_turn_and_ends_no_other(self, server):
         session = new_id()
         stream = server.chat(LONG, session_id=session, turn_id="t").read(4)
-        assert not server.stop(session, turn_id="another")
+        assert not server.stop(session, turn_id="another"), "a stop with another turn_id ended the turn"
         assert stream.read(10) and server.stop(session, turn_id="t")
         assert stream.check().end["finish_reason"] == "cancelled"
         stream = server.chat(LONG, session_id=session, turn_id="u").read(4)
-        assert not server.stop(session, turn_id="t"), "a late stop ends the next turn"
+        assert not server.stop(session, turn_id="t"), "a late stop ended the next turn"
         assert server.stop(session, turn_id=None)
         assert stream.check().end["finish_reason"] == "cancelled"
-        turn = server.turn("Hi", session_id=session, turn_id="v")
-        assert not server.stop(session, turn_id="v") and not server.stop(session), "a stop after the turn"
-        assert server.follow(session).check() == turn
 
     @sessions
     def test_a_stop_may_come_before_the_first_line_is_read_and_before_a_turn(self, server):
         def stop_early(session):
             server.request("POST", "/sessions/new", {"session_id": session})
-            assert not server.stop(session)
+            assert not server.stop(session), "there was no turn to stop"
             connection = server.connect()
             connection.send(chat_request({"message": LONG, "session_id": session}))
             assert wait_until(lambda: server.stop(session))
@@ -1422,49 +1424,52 @@ class TestTurnStates:
             check_balance(before, server.stats())
             stops = in_parallel(lambda _: server.stop(session), range(2), workers=2)
             turn = stream.check(message=message)
-            assert sum(stops) == (turn.end["finish_reason"] == "cancelled"), "another stop than the first is told so"
-            assert server.follow(session).check() == turn
+            was_stopped = turn.end["finish_reason"] == "cancelled"
+            assert sum(stops) == was_stopped, "not one stop alone was told that it ended the turn"
+            assert server.follow(session).check() == turn, "the log changed after the end"
             check_history(server, session, message, turn)
         in_parallel(race, [chance.uniform(-0.03, 0.003) for _ in range(50)])
         check_balance(before, server.stats(), turns=50, failed=0)
 
     @sessions
-    @cases(ENDS)
-    def test_each_end_of_a_turn_is_one_step(self, server, case):
-        _, method, path, end = case
-        session, before = new_id(), server.stats()
-        server.turn("Hi", session_id=session)
-        readers = [server.chat(LONG, session_id=session, turn_id="t"), server.follow(session)]
-        readers[0].read(4)
-        assert server.request(method, f"/sessions/{session}{path}").status == 200
-        check_balance(before, server.stats(), turns=2, failed=0 if end == "cancelled" else 1)
+    @cases(KEPT_NOTHING)
+    @pytest.mark.parametrize("is_running", [True, False], ids=["a turn is running", "no turn is running"])
+    def test_a_clear_and_a_delete_end_the_turn_and_keep_nothing(self, server, case, is_running):
+        _, method, path, code = case
+        session, before, readers = new_id(), server.stats(), []
+        server.turn("Hi", session_id=session, turn_id="first")
+        if is_running:
+            readers = [server.chat(LONG, session_id=session, turn_id="second"), server.follow(session)]
+            readers[0].read(4)
+        check_fields(server.request(method, f"/sessions/{session}{path}").json, "message:text")
+        check_balance(before, server.stats(), turns=1 + is_running, failed=int(is_running))
         now = server.request("GET", f"/sessions/{session}")
-        for stream in readers:
-            turn = stream.check()
-            assert turn.end.get("code", turn.end.get("finish_reason")) == end
-        if end == "session_deleted":
+        assert {stream.check().end["code"] for stream in readers} <= {code}
+        if code == "session_deleted":
             check_problem(now, 404, "session_not_found")
-        elif end == "session_cleared":
+        else:
             assert (now.json["messages"], now.json["latest_turn"], now.json["streaming"]) == ([], None, False)
             check_problem(server.request("GET", f"/sessions/{session}/stream"), 404, "no_turn")
-        else:
-            assert (now.json["message_count"], now.json["streaming"]) == (4, False)
-            return
-        again = server.turn("Another message", session_id=session, turn_id="t")
-        assert again.info["created"] == (end == "session_deleted"), "its turn_id is not free again"
-        assert again.status["context_messages"] == 0
+        turns = [server.turn("Another message", session_id=session, turn_id=turn_id)
+                 for turn_id in ("first", "second")]        # both ids are free again
+        assert turns[0].info["created"] == (code == "session_deleted")
+        assert turns[0].status["context_messages"] == 0, "the messages were kept"
 
     @core
     @beside
-    def test_a_turn_without_readers_is_cancelled_after_the_window(self, brisk):
-        session = new_id()
-        brisk.chat(LONG, session_id=session).read(4).abort()
-        left = time.monotonic()
-        assert wait_until(lambda: not brisk.is_running(session), 9), "it runs on"
-        assert time.monotonic() - left > 0.6, "it was not given the window of 0.7 s"
-        turn = brisk.follow(session).check()
-        assert turn.end["finish_reason"] == "cancelled"
-        check_history(brisk, session, LONG, turn)
+    def test_a_turn_without_readers_is_cancelled_after_the_window(self, brisk, silent):
+        """A write shows that a reader has left: of a chunk each 0.02 s, or of a ping each 0.3 s."""
+        def check(server, window):
+            session = new_id()
+            server.chat(LONG, session_id=session).read(3).abort()
+            left = time.monotonic()
+            assert wait_until(lambda: not server.is_running(session), 9), "the turn runs on without readers"
+            assert time.monotonic() - left > window - 0.1, f"the turn was not given its window of {window} s"
+            turn = server.follow(session).check()
+            assert turn.end["finish_reason"] == "cancelled"
+            check_history(server, session, LONG, turn)
+        check(brisk, 0.7)
+        check(silent, 0.5)
 
     @core
     @beside
@@ -1473,42 +1478,28 @@ class TestTurnStates:
         brisk.chat(LONG, session_id=session).read(4).abort()
         for stay in (0.2, 0.2, 1):      # the last one is longer than the window
             time.sleep(0.3)
-            back = brisk.follow(session, after=2)
+            back, other = brisk.follow(session, after=2), brisk.follow(session)
             assert back.read_until("chunk")["chunk_number"] == 3
+            other.abort()
             time.sleep(stay)
-            assert brisk.is_running(session)
+            assert brisk.is_running(session), "the turn ended although it has a reader"
             back.abort()
-
-    @core
-    @beside
-    def test_a_silent_reader_that_left_is_noticed_by_pings(self, silent):
-        session = new_id()
-        silent.chat("word " * 40, session_id=session).read(3).abort()
-        left = time.monotonic()
-        assert wait_until(lambda: not silent.is_running(session), 9), "two pings of 0.3 s and a window of 0.5 s"
-        assert time.monotonic() - left > 0.4
 
     @ours
     @beside
     def test_a_client_that_closed_its_sending_half_is_still_served(self, brisk):
         stream = brisk.chat("word " * 200)
         stream.connection.socket.shutdown(socket.SHUT_WR)
-        assert stream.check(message="word " * 200).end["processing_time"] > 0.9
+        assert stream.check(message="word " * 200).end["processing_time"] > 0.9, "longer than the window"
 
     @core
     @beside
-    def test_logs_are_kept_beyond_the_window(self, brisk):
-        """That of a complete turn as long as its session, that of a turn stopped before any text until the next."""
-        session = new_id()
-        kept = {"message": "Hi", "session_id": session, "turn_id": "kept"}
-        first = brisk.chat(**kept).read()
+    def test_the_log_of_a_complete_turn_is_kept_beyond_the_window(self, brisk):
+        request = {"message": "Hi", "session_id": new_id(), "turn_id": "kept"}
+        first, before = brisk.chat(**request).read(), brisk.stats()
         time.sleep(1.2)     # longer than the resume window
-        for number in range(3):
-            before = brisk.stats()
-            assert brisk.chat(**kept).read().lines == first.lines
-            check_problem(brisk.request("POST", "/chat/stream", kept | {"message": "x"}), 409, "turn_id_reused")
-            check_balance(before, brisk.stats(), turns=0, failed=0)
-            assert brisk.turn("Hello", session_id=session).status["context_messages"] == 2 * number + 2
+        assert brisk.chat(**request).read().lines == first.lines, "a retry ran the turn again"
+        check_balance(before, brisk.stats(), turns=0, failed=0)
 
     @core
     @beside
@@ -1529,29 +1520,18 @@ class TestTurnStates:
                 assert end["code"] == "server_shutdown" and 1 < time.monotonic() - signalled < PATIENCE
                 assert server.process.wait(PATIENCE) == 0
 
-    @sessions
-    def test_any_number_of_readers_may_follow(self, server):
-        session = new_id()
-        readers = [server.chat("word " * 60, session_id=session)]
-        for _ in range(4):
-            readers[0].read(3)
-            readers.append(server.follow(session))
-        assert wait_until(lambda: server.readers(session) == [5])
-        assert len({b"".join(stream.read().lines) for stream in readers}) == 1
-        readers[0].check(message="word " * 60)
-
     @ours
     def test_a_slow_reader_delays_nobody(self, own):
-        server = own("--chunk-words", "1", "--chunk-delay", "0", "--log", "off")
-        request = {"message": "\U0001f600 " * 40_000, "session_id": new_id(), "turn_id": "t"}
+        server, session = own("--chunk-words", "1", "--chunk-delay", "0", "--log", "off"), new_id()
         slow = server.connect(receive_buffer=4096)
-        slow.send(chat_request(request))            # the answer is 5 MB: more than any socket buffers
-        assert wait_until(lambda: server.request("GET", f"/sessions/{request['session_id']}").status == 200)
+        # The answer is 5 MB: more than any socket buffers.
+        slow.send(chat_request({"message": "\U0001f600 " * 40_000, "session_id": session}))
+        assert wait_until(lambda: server.request("GET", f"/sessions/{session}").status == 200)
         assert server.turn("Hi").end["finish_reason"] == "stop"
-        assert wait_until(lambda: not server.is_running(request["session_id"])), "the turn waits for its slow reader"
+        assert wait_until(lambda: not server.is_running(session)), "the turn waits for its slow reader"
         assert server.get("/health")["streaming_connections"] == 1, "the slow reader was not slow"
-        quick = server.follow(request["session_id"]).read(100)
-        assert Stream(slow, server.pace).read(100).lines == quick.lines
+        quick = server.follow(session).read(100)
+        assert Stream(slow, server.pace).read(100).lines == quick.lines, "the slow reader got another log"
         slow.abort()
         quick.abort()
 
@@ -1585,31 +1565,21 @@ class TestCutConnections:
                 lines[2:2] = chunks
             else:
                 lines = server.chat(**request).read().lines
-            assert lines[:len(seen)] == seen
+            assert lines[:len(seen)] == seen, "the turn was run again, or its log changed"
             turn = check_turn(lines, **request, **server.pace)
             check_history(server, request["session_id"], request["message"], turn)
 
-        before, positions = server.stats(), range(1, size, 3)
+        before, positions = server.stats(), [*[0] * 20, *range(1, size, 3)]     # 0: before the answer
         in_parallel(cut, positions, workers=16)
         check_balance(before, server.stats(), turns=len(positions), failed=0)
-
-    def test_a_request_cut_before_its_answer_may_be_sent_again(self, server):
-        def cut(_):
-            request = {"message": "Hi", "session_id": new_id(), "turn_id": "t"}
-            connection = server.connect()
-            connection.send(chat_request(request))
-            connection.abort()
-            check_history(server, request["session_id"], "Hi", server.turn(**request))
-        in_parallel(cut, range(20))
 
     def test_a_resumed_stream_has_the_bytes_of_the_latest_turn_without_chunks_1_to_n(self, fast):
         session = new_id()
         fast.turn("an earlier turn", session_id=session)
         lines = fast.chat("one two three four five six seven eight", session_id=session).read().lines
         for after in (None, *range(len(lines)), "007", 999_999_999):
-            stream = fast.follow(session, after).read()
-            assert stream.lines == lines[:2] + lines[2:-1][int(after or 0):] + lines[-1:]
-            stream.check(after=int(after or 0))
+            left = lines[:2] + lines[2:-1][int(after or 0):] + lines[-1:]
+            assert fast.follow(session, after).read().lines == left, f"?after={after} has other lines"
 
     def test_a_resume_goes_on_live_and_leaves_out_chunks_still_to_come(self, server):
         session = new_id()
@@ -1619,7 +1589,8 @@ class TestCutConnections:
         server.stop(session)
         lines = stream.read().lines
         for after, reader in resumed.items():
-            assert reader.read().lines == lines[:2] + lines[2:-1][after:] + lines[-1:]
+            left = lines[:2] + lines[2:-1][after:] + lines[-1:]
+            assert reader.read().lines == left, f"?after={after} has other lines"
             reader.check(after=after)
 
     @beside
@@ -1628,22 +1599,25 @@ class TestCutConnections:
         stream = silent.chat("word " * 30, session_id=session)
         stream.read_until("chunk")
         event = silent.follow(session, after=1).read_until("chunk")
-        assert event["chunk_number"] == 2 and time.time() - moment(event["timestamp"]).timestamp() < 1.5
+        late = time.time() - moment(event["timestamp"]).timestamp()
+        assert event["chunk_number"] == 2 and late < 1.5, f"the next chunk came {late} s late"
         silent.stop(session)
 
-    @pytest.mark.parametrize("state", ["running", "complete"])
-    def test_a_retry_follows_the_latest_turn_from_its_first_line(self, server, state):
-        request = {"message": "word " * 60, "session_id": new_id(), "turn_id": "t"}
-        before = server.stats()
-        first = server.chat(**request).read(5 if state == "running" else None)
-        retries = [server.chat(**request) for _ in range(2)]
-        turn = first.check(**request)
-        for retry in retries:
-            assert retry.check(**request) == turn and retry.lines == first.lines
+    def test_any_number_of_readers_may_follow_by_a_retry_or_a_resume(self, server):
+        session, before = new_id(), server.stats()
+        request = {"message": "word " * 60, "session_id": session, "turn_id": "t"}
+        readers = [server.chat(**request)]
+        for _ in range(2):
+            readers[0].read(3)
+            readers += [server.chat(**request), server.follow(session)]
+        assert OUTSIDE or wait_until(lambda: server.readers(session) == [5])
+        turn = readers[0].check(**request)
+        for stream in readers:
+            assert stream.read().lines == readers[0].lines, "a reader got another log, or a retry ran again"
         after = server.stats()
         check_balance(before, after, turns=1, failed=0)
         assert OUTSIDE or after["total_chunks"] - before["total_chunks"] == len(turn.chunks)
-        check_history(server, request["session_id"], request["message"], turn)
+        check_history(server, session, request["message"], turn)
 
     def test_a_retry_of_an_older_turn_is_the_same_bytes_even_while_another_runs(self, server):
         session = new_id()
@@ -1655,26 +1629,12 @@ class TestCutConnections:
         latest = server.chat(LONG, session_id=session, turn_id="latest").read(3)
         before = server.stats()
         for request, stream in ((old, first), (stopped, second)):
-            again = server.chat(**request).read()
-            assert again.lines == stream.lines
-            check_problem(server.request("POST", "/chat/stream", request | {"message": "x"}), 409, "turn_id_reused")
+            assert server.chat(**request).read().lines == stream.lines, "a retry ran the turn again"
         assert server.is_running(session), "a log that is kept has no pace"
-        assert [server.stats()[name] for name in COUNTERS] == [before[name] for name in COUNTERS]
+        check_balance(before, server.stats(), turns=0, failed=0)
         assert len(server.history(session)) == 4
         server.stop(session)
         assert latest.check(turn_id="latest").status["context_messages"] == 4
-
-    def test_a_turn_id_with_another_message_is_refused_before_session_busy(self, server):
-        session = new_id()
-        server.turn("first", session_id=session, turn_id="old")
-        latest = server.chat(LONG, session_id=session, turn_id="latest").read(2)
-        for turn_id in ("old", "latest"):
-            reused = {"message": "x", "session_id": session, "turn_id": turn_id}
-            check_problem(server.request("POST", "/chat/stream", reused), 409, "turn_id_reused")
-        server.stop(session)
-        latest.check()
-        check_problem(server.request("POST", "/chat/stream", reused), 409, "turn_id_reused")
-        assert server.turn("x", session_id=new_id(), turn_id="old").info["created"], "a turn_id is its session's alone"
 
     @ours
     @beside
@@ -1687,8 +1647,10 @@ class TestCutConnections:
         assert server.stop(session)
         stream.read()
         time.sleep(0.6)     # longer than the resume window
-        assert server.chat(**silent).read().lines == server.follow(session).read().lines == stream.lines
-        check_problem(server.request("POST", "/chat/stream", silent | {"message": "x"}), 409, "turn_id_reused")
+        retried, resumed = server.chat(**silent).read(), server.follow(session).read()
+        assert retried.lines == resumed.lines == stream.lines, "the log of the stopped turn was not kept"
+        reused = server.request("POST", "/chat/stream", silent | {"message": "x"})
+        check_problem(reused, 409, "turn_id_reused")
         assert server.turn("echo", session_id=session).status["context_messages"] == 0
         assert server.turn("free again", session_id=session, turn_id="silent").end["message_count"] == 4
 
@@ -1697,20 +1659,24 @@ class TestCutConnections:
     @beside
     def test_nothing_leaks(self, serve):
         server = serve("--chunk-delay", "0.002", "--resume-window", "0.3", "--log", "off")
-        folders = [Path(f"/proc/{server.process.pid}", name) for name in ("task", "fd")]
+
+        def threads_and_files():
+            folder = Path(f"/proc/{server.process.pid}")
+            return [len(list((folder / name).iterdir())) for name in ("task", "fd")]
         server.turn("Hi")
         time.sleep(0.1)
-        at_first = [len(list(folder.iterdir())) for folder in folders]
+        at_first = threads_and_files()
 
         def visit(seed):
-            connection = server.connect(cut_after=random.Random(seed).randrange(1, 2000) if seed % 2 else NEVER)
+            cut_after = random.Random(seed).randrange(1, 2000) if seed % 2 else NEVER
+            connection = server.connect(cut_after=cut_after)
             connection.send(chat_request({"message": "word " * 30}))
             with contextlib.suppress(Cut):
                 list(connection.lines(connection.read_head()))
             connection.abort()
         in_parallel(visit, range(200), workers=16)
         assert wait_until(lambda: server.stats()["streams"] == [])
-        assert wait_until(lambda: [len(list(folder.iterdir())) for folder in folders] <= at_first)
+        assert wait_until(lambda: threads_and_files() <= at_first), "threads or files are left behind"
         stats = server.stats()
         assert (stats["streaming_connections"], stats["successful_requests"]) == (0, 201)
 
@@ -1726,13 +1692,13 @@ ROUTES = [              # path, what it knows beside OPTIONS
 ]
 HEALTH = ("status:text model:text uptime_seconds:count total_requests:count successful_requests:count "
           "failed_requests:count active_sessions:count streaming_connections:count")
-STATS = HEALTH + (" average_response_time:number start_time:time total_sessions_created:count total_chunks:count "
-                  "total_bytes:count average_chunks_per_stream:number time_to_first_chunk:object streams:list "
-                  "framework:text")
+STATS = HEALTH + (" average_response_time:number start_time:time total_sessions_created:count "
+                  "total_chunks:count total_bytes:count average_chunks_per_stream:number "
+                  "time_to_first_chunk:object streams:list framework:text")
 RUNNING = "session_id:id turn_id:id started:time chunks:count readers:count client:text"
 TOKEN = "s3cret~+/$HOME=="
-LISTED = ("session_id:id model:text message_count:count duration_minutes:number created_at:time last_activity:time "
-          "streaming:flag")
+LISTED = ("session_id:id model:text message_count:count duration_minutes:number created_at:time "
+          "last_activity:time streaming:flag")
 SESSION = ("session_id:id model:text message_count:count user_messages:count model_messages:count "
            "session_duration_seconds:number created_at:time last_activity:time streaming:flag messages:list "
            "latest_turn:object?")
@@ -1743,7 +1709,7 @@ def allowed(response):
 
 
 class TestOperations:
-    """Each operation answers exactly the fields that are named. HEAD, OPTIONS and 405: RFC 9110, 9.3 and 15.5.6."""
+    """Each operation answers exactly the fields that are named. HEAD, OPTIONS and 405 are RFC 9110's."""
 
     @strict
     @cases(ROUTES)
@@ -1751,7 +1717,7 @@ class TestOperations:
         path, known = case[0].replace("{session_id}", "nobody"), set(case[1].split())
         response = fast.request("OPTIONS", path)
         assert (response.status, allowed(response)) == (204, known)
-        for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW", "get"} - known:
+        for method in {"GET", "HEAD", "POST", "PUT", "DELETE", "TRACE", "BREW", "get"} - known:
             response = fast.request(method, path)
             assert (response.status, allowed(response)) == (405, known)
             if method != "HEAD":
@@ -1772,32 +1738,21 @@ class TestOperations:
             assert fast.response(connection).json["status"] == "healthy"
 
     @sessions
-    def test_head_on_a_stream_is_no_reader(self, server):
-        session = new_id()
-        server.chat(LONG, session_id=session).read(3).abort()
-        assert wait_until(lambda: server.readers(session) == [0])
-        connection = server.connect()
-        connection.send(http_request("HEAD", f"/sessions/{session}/stream?after=1", *server.fields))
-        response = server.response(connection, "HEAD", close=False)
-        assert (response.status, response.headers["content-type"]) == (200, "application/x-ndjson")
-        assert server.readers(session) == [0]
-        connection.close()
-
-    @sessions
     def test_the_root_and_openapi_describe_every_route(self, fast):
         root, api = fast.get("/"), fast.get("/openapi.json")
         check_fields(root, "name:text version:text framework:text model:text features:list endpoints:object")
         assert re.fullmatch(r"3\.2\.\d+", api["openapi"]) and api["info"]["title"] and api["info"]["version"]
-        listed = {re.sub(r"\{\w+\}", "{session_id}", each.partition("?")[0]) for each in root["endpoints"].values()}
+        endpoints = [endpoint.partition("?")[0] for endpoint in root["endpoints"].values()]
+        listed = {re.sub(r"\{\w+\}", "{session_id}", endpoint) for endpoint in endpoints}
         for path, known in ROUTES:
             if OUTSIDE and path in ("/demo", "/docs"):
                 continue
-            methods = set(known.split()) - {"HEAD"}
-            assert path == "/" or {f"{method} {path}" for method in methods} <= listed
-            assert {method.lower() for method in methods} <= set(api["paths"][path])
-            for method in methods if path.endswith("/stream") else ():
-                content = api["paths"][path][method.lower()]["responses"]["200"]["content"]
-                assert content["application/x-ndjson"]["itemSchema"]
+            for method in set(known.split()) - {"HEAD"}:
+                assert path == "/" or f"{method} {path}" in listed, f"/ does not list {method} {path}"
+                assert method.lower() in api["paths"][path], f"OpenAPI does not describe {method} {path}"
+                if path.endswith("/stream"):
+                    content = api["paths"][path][method.lower()]["responses"]["200"]["content"]
+                    assert content["application/x-ndjson"]["itemSchema"]
 
     @strict
     @cases(ROUTES)
@@ -1807,18 +1762,21 @@ class TestOperations:
         for method in case[1].split():
             answer = fast.request(method, case[0].replace("{session_id}", session))
             is_stream = answer.headers["content-type"] == "application/x-ndjson"
-            assert answer.headers["cache-control"] == ("no-cache" if is_stream else "no-store"), (method, answer)
+            assert answer.headers["cache-control"] == ("no-cache" if is_stream else "no-store"), method
 
     @sessions
     def test_a_new_session_has_the_id_and_the_model_that_were_asked_for(self, fast):
         session, model = new_id(), fast.get("/health")["model"]
-        for body, expected in [(None, {}), ({}, {}), ({"session_id": session}, {"session_id": session, "model": model}),
-                               ({"model_id": "offline"}, {"model": "offline"})]:
+        for body, expected in [
+            (None, {"model": model}), ({"session_id": session}, {"session_id": session, "model": model}),
+            ({"model_id": "offline"}, {"model": "offline"}),
+        ]:
             made = fast.request("POST", "/sessions/new", body).json
             check_fields(made, "session_id:id model:text timestamp:time")
             assert made | expected == made and fast.session(made["session_id"])["message_count"] == 0
             check_problem(fast.request("GET", f"/sessions/{made['session_id']}/stream"), 404, "no_turn")
-        check_problem(fast.request("POST", "/sessions/new", {"session_id": session}), 409, "session_exists")
+        taken = fast.request("POST", "/sessions/new", {"session_id": session})
+        check_problem(taken, 409, "session_exists")
 
     @core
     def test_a_session_tells_its_messages(self, fast):
@@ -1828,9 +1786,10 @@ class TestOperations:
         check_fields(told, SESSION)
         for message in told["messages"]:
             check_fields(message, "role:text text:text timestamp:time turn_id:id")
-        counts = (told["message_count"], told["user_messages"], told["model_messages"], told["session_id"])
-        assert counts == (4, 2, 2, session)
-        assert [(message["role"], message["text"], message["turn_id"]) for message in told["messages"]] == [
+        counts = [told[name] for name in ("message_count", "user_messages", "model_messages")]
+        assert (counts, told["session_id"]) == ([4, 2, 2], session)
+        messages = [(message["role"], message["text"], message["turn_id"]) for message in told["messages"]]
+        assert messages == [
             ("user", "Hello 0", "turn-0"), ("model", turns[0].text, "turn-0"),
             ("user", "Hello 1", "turn-1"), ("model", turns[1].text, "turn-1")]
         assert moment(told["created_at"]) <= moment(told["last_activity"])
@@ -1845,50 +1804,45 @@ class TestOperations:
         for session in told["sessions"]:
             check_fields(session, LISTED)
         assert told["active_sessions"] == len(told["sessions"]) == fast.get("/health")["active_sessions"]
-        listed = {session["session_id"]: session["message_count"] for session in told["sessions"][:3]}
-        assert list(listed.items()) == [(ours[0], 4), (ours[2], 2), (ours[1], 2)]
-
-    @sessions
-    def test_clear_forgets_the_messages_and_delete_the_session(self, fast):
-        session = new_id()
-        fast.turn("Hi", session_id=session, turn_id="t")
-        check_fields(fast.request("POST", f"/sessions/{session}/clear").json, "message:text")
-        assert fast.history(session) == [] and fast.session(session)["latest_turn"] is None
-        assert fast.turn("Bye", session_id=session, turn_id="t").status["context_messages"] == 0
-        check_fields(fast.request("DELETE", f"/sessions/{session}").json, "message:text")
-        check_problem(fast.request("DELETE", f"/sessions/{session}"), 404, "session_not_found")
-        assert fast.turn("Hi", session_id=session).info["created"]
+        first = [(session["session_id"], session["message_count"]) for session in told["sessions"][:3]]
+        assert first == [(ours[0], 4), (ours[2], 2), (ours[1], 2)]
 
     @sessions
     def test_health_and_stats_count_turns(self, fast):
+        deleted = fast.turn("Hi").info["session_id"]
+        fast.request("DELETE", f"/sessions/{deleted}")      # it still counts in total_sessions_created
         before = fast.stats()
         turn = fast.turn("Hello " * 20)
         after = fast.stats()
         check_fields(after, STATS)
         check_fields(after["time_to_first_chunk"], "p50:number p95:number")
         check_fields(fast.get("/health"), HEALTH)
-        grown = {name: after[name] - before[name] for name in (*COUNTERS, "total_sessions_created", "active_sessions")}
-        assert grown == dict.fromkeys(grown, 1) | {"failed_requests": 0}
-        assert after["total_chunks"] - before["total_chunks"] == len(turn.chunks)
+        counts = (*COUNTERS, "total_sessions_created", "active_sessions", "total_chunks")
+        grown = {name: after[name] - before[name] for name in counts}
+        assert grown == dict.fromkeys(counts, 1) | {"failed_requests": 0, "total_chunks": len(turn.chunks)}
         assert after["total_bytes"] > before["total_bytes"] and after["start_time"] == before["start_time"]
         assert after["average_response_time"] > 0 and after["average_chunks_per_stream"] > 0
 
     @sessions
-    def test_stats_have_an_entry_for_each_running_turn(self, server):
+    def test_stats_have_an_entry_for_each_running_turn_and_head_is_no_reader(self, server):
         session = new_id()
         stream = server.chat(LONG, session_id=session, turn_id="t").read(4)
+        connection = server.connect()
+        connection.send(http_request("HEAD", f"/sessions/{session}/stream?after=1", *server.fields))
+        assert server.response(connection, "HEAD", close=False).status == 200
         [entry] = [each for each in server.stats()["streams"] if each["session_id"] == session]
         check_fields(entry, RUNNING)
         assert (entry["turn_id"], entry["readers"]) == ("t", 1) and entry["chunks"] >= 2
         assert server.get("/health")["streaming_connections"] == 1
-        assert [each["streaming"] for each in server.get("/sessions")["sessions"] if each["session_id"] == session] == [
-            True]
+        listed = {each["session_id"]: each["streaming"] for each in server.get("/sessions")["sessions"]}
+        assert listed[session] is True
         server.stop(session)
         stream.check()
-        assert not server.readers(session)
+        connection.close()
+        assert not server.readers(session), "a turn that has ended has an entry"
 
     @ours
-    def test_averages_begin_at_0_and_no_duration_is_negative_when_the_clock_is_set_back(self, serve, tmp_path):
+    def test_averages_begin_at_0_and_no_duration_is_negative_if_the_clock_is_set_back(self, serve, tmp_path):
         back = tmp_path / "back"
         setting_back = f"import os, time; now = time.time_ns\n" \
                        f"time.time_ns = lambda: now() - os.path.exists({str(back)!r}) * 5 * 3600 * 10**9"
@@ -1908,30 +1862,28 @@ class TestOperations:
         check_fields(server.stats(), STATS)
         check_fields(server.stats()["time_to_first_chunk"], "p50:number p95:number")
         check_fields(server.get("/sessions")["sessions"][0], LISTED)
-        assert moment(told["messages"][-1]["timestamp"]) < moment(told["created_at"]), "the clock was not set back"
+        was_set_back = moment(told["messages"][-1]["timestamp"]) < moment(told["created_at"])
+        assert was_set_back, "the clock was not set back"
 
 
 # ---- README, "Errors"
 
-BAD_IDS = ["", "new", "x" * 65, "a b", "a/b", "a\n", "\u00e4", "\u0663", "a.b", 5, True, ["a"], {}]
-BAD_MESSAGES = [None, 5, True, ["Hi"], {}, "", "\n\t \u3000\u2028", "\x1c", "\x85", "\ud800", "a\udfffb",
-                "x" * 100_001]
-OTHER_TYPES = ["text/plain", "application/xml", "application/jsonx", "application/json-patch+json", "json",
-               "multipart/form-data; boundary=x"]
+BAD_IDS = ["", "new", "x" * 65, "a b", "a.b", "a\n", "\u00e4", "\u0663", 5, ["a"]]
+BAD_MESSAGES = [None, 5, ["Hi"], "", "\n\t \x1c\x85\u3000\u2028", "\ud800", "a\udfffb", "x" * 100_001]
 BAD_BODIES = [          # what is wrong, status, code, requests
     ("no JSON", 400, "invalid_json", [
         http_request("POST", "/chat/stream"), *(chat_request(body) for body in (
-            b"", b" ", b"{", b"Hello", b"{'message':'Hi'}", b'{"message":"Hi"} x', b'{"message":"Hi",}',
-            b'{"message":"a\nb"}', b'{"message":"\xff"}', b'{"message":"\xed\xa0\x80"}', b'{"message":"Hi"}\x00'))]),
+            b"", b"{", b"Hello", b"{'message':'Hi'}", b'{"message":"Hi"} x', b'{"message":"Hi",}',
+            b'{"message":"a\nb"}', b'{"message":"\xff"}', b'{"message":"\xed\xa0\x80"}'))]),
     ("no object", 400, "invalid_field", [
-        chat_request(body) for body in (b"[]", b'[{"message":"Hi"}]', b'"message"', b"1", b"null", b"true")]),
+        chat_request(body) for body in (b"[]", b'[{"message":"Hi"}]', b'"message"', b"null")]),
     ("a bad message", 400, "invalid_field", [
         chat_request({"text": "Hi"}), http_request("POST", "/sessions/bad/stream", body={}),
         *(chat_request({"message": message}) for message in BAD_MESSAGES)]),
     ("a bad session_id", 400, "invalid_field", [
         *(chat_request({"message": "Hi", "session_id": value}) for value in BAD_IDS),
-        *(http_request("POST", f"/sessions/{value}/stream", body={"message": "Hi"}) for value in (
-            "new", "x" * 65, "a%20b", "a%2fb", "a.b", "%C3%A4")),
+        *(http_request("POST", f"/sessions/{value}/stream", body=HI) for value in (
+            "new", "x" * 65, "a%20b", "a%2fb", "%C3%A4")),
         http_request("POST", "/sessions/bad/stream", body={"message": "Hi", "session_id": "other"})]),
     ("a bad turn_id", 400, "invalid_field", [
         *(chat_request({"message": "Hi", "session_id": "bad", "turn_id": value}) for value in BAD_IDS
@@ -1939,7 +1891,9 @@ BAD_BODIES = [          # what is wrong, status, code, requests
         chat_request({"message": "Hi", "turn_id": "t"}),
         chat_request({"message": "Hi", "turn_id": "t", "session_id": None})]),
     ("another type", 415, "unsupported_media_type", [
-        chat_request({"message": "Hi"}, f"Content-Type: {media_type}") for media_type in OTHER_TYPES]),
+        chat_request(HI, f"Content-Type: {media_type}") for media_type in (
+            "text/plain", "application/jsonx", "application/json-patch+json", "json",
+            "multipart/form-data; boundary=x")]),
     ("an unknown session", 404, "session_not_found", [
         http_request(method, "/sessions/nobody" + path) for method, path in (
             ("GET", ""), ("GET", "/stream"), ("POST", "/stop"))]),
@@ -1950,60 +1904,55 @@ BAD_SESSIONS = [
     ("a new session without JSON", 400, "invalid_json", [http_request("POST", "/sessions/new", body=b"{")]),
     ("a new session with a bad field", 400, "invalid_field", [
         http_request("POST", "/sessions/new", body=body) for body in (
-            [], {"session_id": "new"}, {"session_id": "a b"}, {"session_id": 5}, {"model_id": 5}, {"model_id": ""},
-            {"model_id": "-x"}, {"model_id": "a b"}, {"model_id": "x" * 101}, {"model_id": "../x"},
-            {"model_id": "x\n"})]),
+            [], {"session_id": "new"}, {"session_id": "a b"}, {"session_id": 5}, {"model_id": 5},
+            {"model_id": "-x"}, {"model_id": "a b"}, {"model_id": "x" * 101}, {"model_id": "x\n"})]),
 ]
 BAD_REQUESTS = [
     ("JSON that no parser should take", 400, "invalid_json", [chat_request(body) for body in (
-        b'{"message":"Hi","n":NaN}', b'{"message":"Hi","n":-Infinity}', b'{"message":"Hi","n":' + b"9" * 5000 + b"}",
-        b"[" * 100_000, b'{"message":' + b"[" * 100_000 + b"]" * 100_000 + b"}", '{"message":"Hi"}'.encode("utf-16"),
-        '{"message":"Hi"}'.encode("utf-16-le"), '{"message":"Hi"}'.encode("utf-32"))]),
+        b'{"message":"Hi","n":NaN}', b'{"message":"Hi","n":' + b"9" * 5000 + b"}", b'{"message":'
+        + b"[" * 100_000 + b"]" * 100_000 + b"}", '{"message":"Hi"}'.encode("utf-16"))]),
     ("an unknown path", 404, "not_found", [
         http_request("GET", path) for path in (
             "/nope", "/health/more", "/openapiXjson", "//localhost/health", "/sessions/a/b/stream")]),
-    ("the path is checked before the method and the body", 404, "not_found", [
-        http_request("PUT", "/nope"), http_request("BREW", "/nope"), http_request("POST", "/nope", body=b"{")]),
-    ("the method is checked before the body", 405, "method_not_allowed", [
-        http_request("POST", "/health", body=b"{"), http_request("PUT", "/chat/stream", body=b"{")]),
 ]
+
+
+def check_refused(server, case):
+    _, status, code, requests = case
+    before = server.get("/health")
+    for raw in requests:
+        connection = server.connect()
+        with contextlib.suppress(ConnectionError):      # it may be refused before it was sent
+            connection.send(raw)
+        check_problem(server.response(connection), status, code)
+    after = server.get("/health")
+    for name in (*COUNTERS, "active_sessions"):
+        assert after[name] == before[name], f"a refused request counts in {name}"
 
 
 class TestErrors:
     """Before a stream starts, every error is problem details (RFC 9457), and leaves nothing behind."""
 
-    def check_refused(self, server, case):
-        _, status, code, requests = case
-        before = server.get("/health")
-        for raw in requests:
-            connection = server.connect()
-            with contextlib.suppress(ConnectionError):      # it may be refused before it was sent
-                connection.send(raw)
-            check_problem(server.response(connection), status, code)
-        after = server.get("/health")
-        for name in (*COUNTERS, "active_sessions"):
-            assert after[name] == before[name]
-
     @core
     @cases(BAD_BODIES)
     def test_a_bad_body_is_refused_and_leaves_nothing_behind(self, fast, case):
-        self.check_refused(fast, case)
+        check_refused(fast, case)
 
     @sessions
     @cases(BAD_SESSIONS)
     def test_a_bad_session_is_refused_and_leaves_nothing_behind(self, fast, case):
-        self.check_refused(fast, case)
+        check_refused(fast, case)
 
     @strict
     @cases(BAD_REQUESTS)
     def test_a_bad_request_is_refused_and_leaves_nothing_behind(self, fast, case):
-        self.check_refused(fast, case)
+        check_refused(fast, case)
 
     @core
     def test_after_is_one_to_nine_digits(self, fast):
         session = new_id()
         fast.turn("Hi", session_id=session)
-        for after in ("", "-1", "+1", "1.5", "x", "1e3", "0x1", "1234567890", "\u0663", " 1", "1\n"):
+        for after in ("", "-1", "+1", "1.5", "x", "0x1", "1234567890", "\u0663", " 1", "1\n"):
             response = fast.request("GET", f"/sessions/{session}/stream?after={quote(after)}")
             check_problem(response, 400, "invalid_field")
 
@@ -2014,28 +1963,21 @@ class TestErrors:
         for body, code in [(b"{", "invalid_json"), ([], "invalid_field"), ({"turn_id": 5}, "invalid_field"),
                            ({"turn_id": "a b"}, "invalid_field")]:
             check_problem(server.request("POST", f"/sessions/{session}/stop", body), 400, code)
-        assert stream.read(5) and server.stop(session)
-
-    @strict
-    def test_an_error_whose_request_was_read_leaves_the_connection_open(self, fast):
-        connection = fast.connect()
-        for raw, status in [(chat_request(b"{"), 400), (http_request("GET", "/nope"), 404), (chat_request({}), 400),
-                            (http_request("PUT", "/health"), 405), (http_request("TRACE", "/health"), 405),
-                            (http_request("BREW", "/health"), 405), (http_request("GET", "/health"), 200)]:
-            connection.send(raw)
-            assert fast.response(connection, close=False).status == status
-        connection.close()
+        assert stream.read(5) and server.stop(session), "a bad stop ended the turn"
 
     @ours
     @pytest.mark.parametrize("flags", [(), ("--token", TOKEN)], ids=["no token", "token"])
     def test_the_curl_lines_in_details_work_as_they_stand(self, own, flags):
         needs("curl")
         server, session = own("--chunk-delay", "0.02", *flags), new_id()
+        host = "{}:{}".format(*server.address)
         stream, printed = server.chat(LONG, session_id=session).read(3), []
-        for more, status in [("Content-Type: text/plain", 415), ("Content-Type: application/json", 409)]:
-            refused = ask(server, "POST", "/chat/stream", more, *server.fields, host="{}:{}".format(*server.address),
-                          body={"message": "Hi", "session_id": session})
-            detail = check_problem(refused, status, refused.json["code"])["detail"]
+        for media_type, status, code in [
+            ("text/plain", 415, "unsupported_media_type"), ("application/json", 409, "session_busy"),
+        ]:
+            refused = ask(server, "POST", "/chat/stream", f"Content-Type: {media_type}", *server.fields,
+                          host=host, body={"message": "Hi", "session_id": session})
+            detail = check_problem(refused, status, code)["detail"]
             assert TOKEN not in detail
             line = detail[detail.index("curl"):]
             printed.append(run(["env", f"STREAMCHAT_TOKEN={TOKEN}", "sh", "-c", line], ".").encode())
@@ -2045,14 +1987,10 @@ class TestErrors:
     @strict
     def test_titles_are_those_of_rfc_9110(self, fast):
         """Sections 15.5.14 and 15.5.15, whose titles Python 3.11 and 3.12 do not know yet."""
-        for raw, title in [(request_head("POST /chat/stream HTTP/1.1", "Host: localhost", "Content-Length: 9999999"),
-                            "Content Too Large"), (b"GET /" + b"x" * 9000, "URI Too Long")]:
+        for raw, title in [(post("Content-Length: 9999999"), "Content Too Large"),
+                           (b"GET /" + b"x" * 9000, "URI Too Long")]:
             [answer] = fast.answers(raw)
             assert answer.json["title"] == title
-            connection = fast.connect()
-            connection.send(raw)
-            assert connection.take_line() == f"HTTP/1.1 {answer.status} {title}\r\n"
-            connection.close()
 
 
 # ---- README, "HTTP/1.1"
@@ -2069,10 +2007,6 @@ def lines(*request_lines):
     return [get(line=line) for line in request_lines]
 
 
-def hosts(*values):
-    return [request_head("GET /health HTTP/1.1", f"Host:{value}") for value in values]
-
-
 def raw(template, *parts):
     """The template's bytes, with each of these parts at its place."""
     return [template.encode("latin-1").replace(b"?", part.encode("latin-1")) for part in parts]
@@ -2080,59 +2014,59 @@ def raw(template, *parts):
 
 CODINGS = ("", " ", " gzip", " identity", " chunked, gzip", " chunked, identity", " chunked, chunked",
            " gzip, chunked, chunked", " xchunked", " chunkedx", " chunked;x=1", ' "chunked"', " 'chunked'",
-           " chunked gzip", " gzip chunked", " chunked\xa0", "\r\n chunked")
+           " chunked gzip", " gzip chunked", " chunked\udca0", "\r\n chunked")    # \udca0 is the byte A0
 EXPECT = "Expect: 100-continue"         # the refusal comes instead of `100 Continue`
 BAD_HEADS = [           # rule, its source, status, code, requests that break it
-    ("a request line is METHOD TARGET HTTP/d.d, with one space each", "RFC 9112, section 3", 400, "bad_request", lines(
-        "Hello", "GET /health", "GET  HTTP/1.1", "GET /health HTTP/1.1 ", "GET /health HTTP/1.1 x",
-        "GET  /health HTTP/1.1", "GET /health  HTTP/1.1", "GET\t/health HTTP/1.1", "GET /health\tHTTP/1.1",
-        " GET /health HTTP/1.1", "GET /a b HTTP/1.1", "G(T /health HTTP/1.1", "GET: /health HTTP/1.1")),
+    ("a request line is METHOD TARGET VERSION with single spaces", "RFC 9112, section 3", 400, "bad_request",
+     lines("Hello", "GET /health", "GET /health HTTP/1.1 ", "GET  /health HTTP/1.1", "GET /health  HTTP/1.1",
+           "GET\t/health HTTP/1.1", " GET /health HTTP/1.1", "GET /a b HTTP/1.1", "GET: /health HTTP/1.1")),
     ("a version is HTTP/d.d", "RFC 9112, section 2.3", 400, "bad_request", raw(
         "GET /health ?\r\nHost: localhost\r\n\r\n",
-        "HTTP/1", "HTTP/1.", "HTTP/.1", "HTTP", "HTTP/1.10", "HTTP/01.1", "HTTP/1.1.1", "http/1.1", "HTTP/ 1.1",
-        "HTTP/x.1", "HTTP/1,1", "HTTP/11", "HTTP/+1.1", "HTTP/1.\xb2", "HTTP/1.\xd9\xa1", "HTTPS/1.1")),
+        "HTTP/1", "HTTP/.1", "HTTP/1.10", "HTTP/01.1", "http/1.1", "HTTP/1,1", "HTTP/1.\xb2", "HTTPS/1.1")),
     ("another version is not served", "RFC 9110, section 15.6.6", 505, "version_not_supported", [
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", *raw("GET /health HTTP/?\r\nHost: localhost\r\n\r\n",
-                                                  "0.0", "0.9", "2.0", "2.1", "3.0", "9.9")]),
-    ("a target is a path or a URL in ASCII", "RFC 9112, section 3.2", 400, "bad_request", [
-        *(get(line=f"GET {target} HTTP/1.1") for target in (
-            "health", "*", "/health#x", "/h\xe9", "?x", "localhost:80", "http:/health", "http://", "http:///health",
-            "http://:80/health", "http://x@localhost/health", "http://localhost:x/health",
-            "http://localhost:123456/health", "http://[::1/health", "http://localhost#x", "ftp://localhost/health")),
-        *lines("OPTIONS * HTTP/1.1", "CONNECT localhost:80 HTTP/1.1")]),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        *raw("GET /health HTTP/?\r\nHost: localhost\r\n\r\n", "0.9", "2.0", "3.0")]),
+    ("a target is a path or a URL in ASCII", "RFC 9112, section 3.2", 400, "bad_request", lines(
+        "GET health HTTP/1.1", "GET /health#x HTTP/1.1", "GET /h\xe9 HTTP/1.1", "GET http:///health HTTP/1.1",
+        "GET http://x@localhost/health HTTP/1.1", "GET http://localhost:x/health HTTP/1.1",
+        "GET ftp://localhost/health HTTP/1.1", "OPTIONS * HTTP/1.1", "CONNECT localhost:80 HTTP/1.1")),
     ("there is one Host, also beside a URL", "RFC 9112, section 3.2", 400, "bad_request", [
         request_head("GET /health HTTP/1.1"), get("Host: localhost"), get("X: x", "HOST: example.com"),
         request_head("GET http://localhost/health HTTP/1.1"), request_head("BREW /nope HTTP/1.1"),
         request_head("GET /health HTTP/1.0", "Host: a", "Host: a")]),
     ("a Host is a name or an address, and a port", "RFC 9110, section 7.2", 400, "bad_request", [
-        request_head("GET /health HTTP/1.0", "Host: a b"), *hosts(
-            "", "\t \t", "a b", "localhost, localhost", "user@localhost", "localhost/", "localhost?x", "localhost\\x",
-            "http://localhost", ":80", "localhost:x", "localhost:+80", "localhost: 80", "localhost:80:80",
-            "localhost:123456", "[::1", "::1", "[]", "[::1]x", "[localhost]", "[:::1]", '"localhost"', "\xe9")]),
+        request_head("GET /health HTTP/1.0", "Host: a b"), *raw(
+            "GET /health HTTP/1.1\r\nHost:?\r\n\r\n",
+            "", "\t \t", "a b", "localhost, localhost", "user@localhost", "localhost/", ":80", "localhost:x",
+            "localhost:80:80", "localhost:123456", "[::1", "::1", "[]", "[localhost]", "[:::1]", "\xe9")]),
     ("no white space comes before the first field", "RFC 9112, section 2.2", 400, "bad_request", raw(
         "POST /chat/stream HTTP/1.1\r\n?Host: localhost\r\n\r\n",
         " ", "\t", " X: x\r\n", "\tX: x\r\n", " \r\n", "\t\r\n")),
     ("no white space comes before a colon", "RFC 9112, section 5.1", 400, "bad_request", [
         post(field) for field in ("X : x", "X\t: x", "Content-Length : 0", "Transfer-Encoding : chunked")]),
     ("no field has two lines", "RFC 9112, section 5.2", 400, "bad_request", [
-        post(field) for field in ("X: x\r\n x", "X: x\r\n\tx", "X: x\r\n ", "X:\r\n x", "Content-Length: 1\r\n 0")]),
+        post(field) for field in (
+            "X: x\r\n x", "X: x\r\n\tx", "X: x\r\n ", "X:\r\n x", "Content-Length: 1\r\n 0")]),
     ("a field is a name, a colon and a value", "RFC 9110, section 5.1", 400, "bad_request", [
-        post(field) for field in ("Hello", "X", ": x", ":", "X x: x", "X(x): x", '"X": x', "X/x: x", "X[0]: x",
-                                  "X,x: x", "X@x: x", "X\xe9: x", "\xa0X: x")]),
+        post(field) for field in ("Hello", ": x", "X x: x", "X(x): x", '"X": x', "X\xe9: x", "\xa0X: x")]),
     ("a length is digits, once", "RFC 9112, section 6.3", 400, "bad_request", [
-        post("Content-Length: 0", "Content-Length: 0"), post("Content-Length: 0", "X: x", "content-length: 5"),
+        post("Content-Length: 0", "Content-Length: 0"),
+        post("Content-Length: 0", "X: x", "content-length: 5"),
         post("Content-Length: x", EXPECT), *(post(f"Content-Length:{length}") for length in (
-            "", " ", " 1, 1", " 1,1", " 1,", " 1 1", " 1;", " +1", " -1", " -0", " 0x1", " 0o1", " 1_0", " 1.0",
-            " 1e1", " x", ' "1"', " \xb2", " \xd9\xa1"))]),
+            "", " ", " 1, 1", " 1,1", " 1,", " 1 1", " 1;", " +1", " -1", " -0", " 0x1", " 0o1", " 1_0",
+            " 1.0", " 1e1", ' "1"', " \udcb2", " \udcd9\udca1"))]),       # \udcb2 is the byte B2
     ("a transfer coding is known, and the last one", "RFC 9112, section 6.1", 400, "bad_request", [
         post("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"),
         post("Transfer-Encoding: chunked", "Transfer-Encoding: identity"),
         *(post(f"Transfer-Encoding:{coding}") for coding in CODINGS),
-        *(post(f"Transfer-Encoding: {coding}", version="HTTP/1.0") for coding in ("chunked", "gzip, chunked"))]),
+        post("Transfer-Encoding: chunked", version="HTTP/1.0"),
+        post("Transfer-Encoding: gzip, chunked", version="HTTP/1.0")]),
     ("a request has a length or a transfer coding", "RFC 9112, section 11.2", 400, "bad_request", [
         post(*fields) + rest for rest in (b"0\r\n\r\n", b"5\r\nHello\r\n0\r\n\r\n") for fields in (
-            ("Content-Length: 5", "Transfer-Encoding: chunked"), ("Transfer-Encoding: chunked", "Content-Length: 5"),
-            ("Content-Length: 5", "transfer-encoding: Chunked"), ("Content-Length: +5", "Transfer-Encoding: chunked"),
+            ("Content-Length: 5", "Transfer-Encoding: chunked"),
+            ("Transfer-Encoding: chunked", "Content-Length: 5"),
+            ("Content-Length: 5", "transfer-encoding: Chunked"),
+            ("Content-Length: +5", "Transfer-Encoding: chunked"),
             ("Content-Length: 5", "Transfer-Encoding: gzip, chunked"),
             ("Content-Length: 5", "Transfer-Encoding:\r\n chunked"),
             ("Content-Length: 5", "Transfer-Encoding: , chunked"),
@@ -2145,49 +2079,49 @@ BAD_HEADS = [           # rule, its source, status, code, requests that break it
             "gzip, chunked", "gzip,Chunked", "x ,\ty , chunked", "gzip\r\nTransfer-Encoding: chunked")]),
     ("no control character stands anywhere", "RFC 9110, section 5.5", 400, "bad_request", [
         each for place in (
-            "GE?T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", "GET /?health HTTP/1.1\r\nHost: localhost\r\n\r\n",
-            "GET /health HTTP/1.1?\r\nHost: localhost\r\n\r\n", "GET /health HTTP/1.1\r\n?Host: localhost\r\n\r\n",
-            "GET /health HTTP/1.1\r\nHo?st: localhost\r\n\r\n", "GET /health HTTP/1.1\r\nHost: local?host\r\n\r\n",
+            "?GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            "GET /?health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            "GET /health HTTP/1.1\r\n?Host: localhost\r\n\r\n",
+            "GET /health HTTP/1.1\r\nHost: local?host\r\n\r\n",
+            "GET /health HTTP/1.1?\r\nHost: localhost\r\n\r\n",
+            "GET /health HTTP/1.1\r\nHost: localhost\r\n?\r\n",
             "GET /health HTTP/1.1\r\nHost: localhost\r\nX: x?Transfer-Encoding: chunked\r\n\r\n",
-            "POST /chat/stream HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding:?chunked\r\n\r\n",
-            "GET /health HTTP/1.1\r\nHost: localhost?\r\n\r\n", "GET /health HTTP/1.1\r\nHost: localhost\r\n?\r\n",
-            "?GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        for each in raw(place, "\0", "\x0b", "\x1b", "\x7f", "\r", "\n")]),
+            "POST /chat/stream HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding:?chunked\r\n\r\n")
+        for each in raw(place, "\0", "\x0b", "\x7f", "\r", "\n")]),
     ("CRLF ends a line; an answer comes at once", "RFC 9112, section 2.2", 400, "bad_request", [
         b"GET /health HTTP/1.1\n", b"GET /health HTTP/1.1\nHost: localhost\n\n",
         b"GET /health HTTP/1.1\rHost: localhost\r\r", b"GET /health HTTP/1.1\nHost: localhost\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: localhost\n\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\n",
         b"GET /health HTTP/1.1\n\rHost: localhost\n\r\n\r", b"\r\n\r\n\r\n" + get()]),
     ("another protocol is no request", "README, HTTP/1.1", 400, "bad_request", [
-        b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03" + bytes(range(32)), b"\x80\x2e\x01\x00\x02", bytes(range(256)),
-        b"\xef\xbb\xbf" + get(), b"SSH-2.0-OpenSSH_9.6\r\n\r\n", b"EHLO localhost\r\n\r\n", HI + b"\r\n\r\n"]),
+        b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03" + bytes(range(32)),     # the hello of TLS
+        b"\xef\xbb\xbf" + get(), b"SSH-2.0-OpenSSH_9.6\r\n\r\n", HI + b"\r\n\r\n"]),
     ("a request line has at most 8 KiB", "RFC 9110, section 15.5.15", 414, "uri_too_long", [
-        get(line=f"GET /health?{'x' * (8193 - 23)} HTTP/1.1"), b"x" * 70_000, b"GET /" + b"x" * 70_000,
+        get(line=f"GET /health?{'x' * (8193 - 23)} HTTP/1.1"), b"x" * 70_000,
         b"GET /" + b"x" * 9000 + b"\0 HTTP/1.1\r\n\r\n"]),
     ("a head has at most 32 KiB and 100 fields", "RFC 6585, section 5", 431, "headers_too_large", [
-        get(f"X: {'x' * (32_769 - 46)}"), get(*["X: x"] * 100), b"GET /health HTTP/1.1\r\n" + b"x" * 70_000,
-        b"GET /health HTTP/1.1\r\nX:" + b" " * 70_000, b"GET /health HTTP/1.1\r\n" + b"X: x\r\n" * 10_000]),
+        get(f"X: {'x' * (32_769 - 46)}"), get(*["X: x"] * 100), b"GET /health HTTP/1.1\r\n" + b"x" * 70_000]),
     ("a body has at most 2 MiB", "RFC 9110, section 15.5.14", 413, "payload_too_large", [
         post(f"Content-Length: {length}", EXPECT) for length in (
-            2**21 + 1, 2**31, 2**32, 2**63, 2**64, 2**64 + 16, "9" * 5000, "0" * 5000 + str(2**21 + 1))]),
+            2**21 + 1, 2**32, 2**64, 2**64 + 16, "9" * 5000, "0" * 5000 + str(2**21 + 1))]),
     ("the type is checked before the body is read", "README, Errors", 415, "unsupported_media_type", [
         post("Content-Length: 16", "Content-Type: text/plain", EXPECT)]),
     ("the path is checked before the body is read", "README, Errors", 404, "not_found", [
-        get("Content-Length: 16", EXPECT, line="POST /nope HTTP/1.1")]),
-    ("the method is checked before the body is read", "README, Errors", 405, "method_not_allowed", [
         get("Content-Length: 16", EXPECT, line=line) for line in (
-            "PUT /chat/stream HTTP/1.1", "BREW /health HTTP/1.1")]),
+            "POST /nope HTTP/1.1", "BREW /nope HTTP/1.1")]),
+    ("the method is checked before the body is read", "README, Errors", 405, "method_not_allowed", [
+        get("Content-Length: 16", EXPECT, line="PUT /chat/stream HTTP/1.1")]),
 ]
 TCHARS = {*b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"}
 PLACES = [              # what a byte is a part of, bytes before and after it, which bytes may stand there
     ("method", b"G", b"T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", TCHARS),
     ("target", b"GET /health?", b" HTTP/1.1\r\nHost: localhost\r\n\r\n", {*range(0x21, 0x7f)} - {*b"#"}),
     ("field name", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX", b"X: x\r\n\r\n", TCHARS | {*b":"}),
-    ("field value", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: x", b"x\r\n\r\n", {9, *range(32, 256)} - {127}),
+    ("field value", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: x", b"x\r\n\r\n",
+     {9, *range(32, 256)} - {127}),
 ]
 QUICK = "server.LIMITS.update(head_time=0.6, body_time=1.2, idle=1.5)"
-SLOW_REQUESTS = [       # name, bytes sent at once, bytes that drip, status (None: closed silently), after how many s
-    ("a head that stops after its first byte", b"G", b"", 408, 0.6),
+SLOW_REQUESTS = [       # name, bytes at once, bytes that drip, status (None: a close), after how many s
     ("a head that lacks its last line", get()[:-2], b"", 408, 0.6),
     ("a first line that drips", b"G", b"ET /" + b"x" * 100, 408, 0.6),
     ("a body that does not come", post("Content-Length: 16"), b"", 408, 1.2),
@@ -2198,7 +2132,7 @@ SLOW_REQUESTS = [       # name, bytes sent at once, bytes that drip, status (Non
 
 
 def send_slowly(connection, at_once, slowly, pause):
-    """Send bytes at once and others slowly, until the server answers or closes. Returns the seconds that took."""
+    """Send bytes at once and others slowly, until the server answers or closes. Returns the seconds."""
     began, rest = time.monotonic(), iter(slowly)
     connection.send(at_once)
     connection.socket.settimeout(pause)
@@ -2212,12 +2146,18 @@ def send_slowly(connection, at_once, slowly, pause):
     return time.monotonic() - began
 
 
+def check_overloaded(response):
+    """RFC 9110, section 15.6.4."""
+    check_problem(response, 503, "overloaded")
+    assert re.fullmatch("[0-9]+", response.headers["retry-after"])
+
+
 @strict
 class TestHttp:
     """RFC 9110 and RFC 9112 to the letter. A bad head is answered once, and ends the connection."""
 
     @cases(BAD_HEADS)
-    def test_a_bad_head_is_answered_once_and_ends_the_connection_however_the_network_splits_it(self, fast, case):
+    def test_a_bad_head_is_answered_once_and_closes_however_the_network_splits_it(self, fast, case):
         _, _, status, code, requests = case
         before = fast.get("/health")
         for request in requests:
@@ -2234,7 +2174,7 @@ class TestHttp:
                     error.add_note(f"This was the answer to {request[:200]!r}.")
                     raise
                 connection.close()
-        assert fast.get("/health")["total_requests"] == before["total_requests"]
+        assert fast.get("/health")["total_requests"] == before["total_requests"], "a turn was smuggled in"
 
     @cases(PLACES)
     def test_each_byte_may_stand_only_where_the_grammar_allows_it(self, fast, case):
@@ -2255,16 +2195,18 @@ class TestHttp:
     def test_an_error_for_head_has_no_body(self, fast):
         """RFC 9110, section 9.3.2."""
         connection = fast.connect()
-        for request, status in [(http_request("HEAD", "/nope"), 404), (request_head("HEAD /health HTTP/1.1"), 400)]:
+        for request, status in [
+            (http_request("HEAD", "/nope"), 404), (request_head("HEAD /health HTTP/1.1"), 400),
+        ]:
             connection.send(request)
             assert fast.response(connection, "HEAD", close=False).status == status
-        assert connection.at_end()
+        assert connection.at_end(), "the error has a body"
 
     def test_a_request_cut_short_starts_nothing(self, fast):
         request, before = chat_request(HI + b"   "), fast.get("/health")
         for size in range(len(request)):
             assert [response.status for response in fast.answers(request[:size])] in ([], [400])
-        assert fast.get("/health")["total_requests"] == before["total_requests"]
+        assert fast.get("/health")["total_requests"] == before["total_requests"], "a turn was started"
 
     def test_a_late_byte_does_not_cut_an_answer_that_ends_the_connection(self, fast):
         """RFC 9112, section 9.6."""
@@ -2283,7 +2225,6 @@ class TestHttp:
         for request, status, code in [
             (post(f"Content-Length: {3 << 20}"), 413, "payload_too_large"),
             (post("Transfer-Encoding: chunked"), 411, "length_required"),
-            (get(f"Content-Length: {3 << 20}", line="POST /nope HTTP/1.1"), 404, "not_found"),
         ]:
             connection = fast.connect()
             connection.send(request)
@@ -2299,20 +2240,20 @@ class TestHttp:
         """The true limits are 10, 30 and 60 s (.ci/soak waits for them)."""
         server = own("--log", "off", changes=QUICK)
 
-        def check(case, idle):
-            _, at_once, slowly, status, seconds = case
+        def check(row):
+            (name, at_once, slowly, status, seconds), is_first = row
             connection = server.connect()
-            if idle is not None:        # after an earlier request
+            if not is_first:
                 connection.send(http_request("GET", "/health"))
                 server.response(connection, close=False)
-                time.sleep(idle)
             took = send_slowly(connection, at_once, slowly, 0.05)
             if status:
                 check_problem(server.response(connection, close=False), status, "request_timeout")
             assert connection.at_end()
-            assert seconds - (idle or 0) - 0.1 < took < seconds + 5, (case, idle, took)
-        in_parallel(lambda row: check(*row), itertools.product(SLOW_REQUESTS, (None, 0)), workers=14)
-        connection = own(*SERVERS["fast"], changes="server.LIMITS.update(head_time=0.4, body_time=9)").connect()
+            assert seconds - 0.1 < took < seconds + 5, f"{name}: after {took:.1f} s, not {seconds} s"
+        in_parallel(check, itertools.product(SLOW_REQUESTS, (True, False)), workers=12)
+        long_body = "server.LIMITS.update(head_time=0.4, body_time=9)"
+        connection = own(*SERVERS["fast"], changes=long_body).connect()
         took = send_slowly(connection, post("Content-Length: 24"), HI + b" " * 8, 0.03)
         assert server.response(connection).status == 200 and took > 0.6, "the body has a time of its own"
 
@@ -2320,41 +2261,34 @@ class TestHttp:
     def test_past_max_connections_a_new_one_is_refused_and_the_others_are_served(self, own):
         server = own("--max-connections", "8", "--chunk-delay", "0")
         kept = [server.connect() for _ in range(8)]
-        for request in (b"", http_request("GET", "/health"), chat_request({"message": "Hi"})):
+        for request in (b"", chat_request(HI)):
             ninth = server.connect()
-            for part in parts_of(request, 1000):
-                ninth.send(part)
+            ninth.send(request)
             check_overloaded(server.response(ninth, close=False))
             assert ninth.at_end()
         for connection in kept:
-            connection.send(chat_request({"message": "Hi"}))
+            connection.send(chat_request(HI))
             check_turn(Stream(connection, server.pace).read().lines, message="Hi", **server.pace)
         for connection in kept:
             connection.close()
-            assert wait_until(lambda: server.request("GET", "/health").status == 200)
+        assert wait_until(lambda: server.request("GET", "/health").status == 200)
 
     @ours
     def test_past_the_limit_of_sessions_a_new_one_is_refused_and_none_is_thrown_out(self, serve):
         """The true limit is 10,000 (.ci/soak makes them)."""
         server = serve("--chunk-delay", "0", changes="server.LIMITS['sessions'] = 20")
-        made = in_parallel(lambda n: server.request("POST", "/sessions/new", {"session_id": f"s-{n}"}), range(20))
-        assert {response.status for response in made} == {200}
+        for number in range(20):
+            assert server.request("POST", "/sessions/new", {"session_id": f"s-{number}"}).status == 200
         news = [("/sessions/new", {}), ("/chat/stream", {"message": "Hi"}),
                 ("/chat/stream", {"message": "Hi", "session_id": "one-more"})]
         for path, body in news:
             check_overloaded(server.request("POST", path, body))
-        assert server.turn("Hi", session_id="s-0").info["created"] is False
+        assert server.turn("Hi", session_id="s-0").info["created"] is False, "a session was thrown out"
         for number, (path, body) in enumerate(news, 1):
             assert server.request("DELETE", f"/sessions/s-{number}").status == 200
-            assert server.request("POST", path, body).status == 200
+            assert server.request("POST", path, body).status == 200, "no room after a delete"
             check_overloaded(server.request("POST", path, {"message": "Hi"}))
         assert server.get("/health")["active_sessions"] == 20
-
-
-def check_overloaded(response):
-    """RFC 9110, section 15.6.4."""
-    check_problem(response, 503, "overloaded")
-    assert re.fullmatch("[0-9]+", response.headers["retry-after"])
 
 
 # ---- README, "Access control"
@@ -2364,14 +2298,13 @@ STRANGER = "evil.example"
 FRIEND = "https://app.example:8443"     # the origin of a page that --allow-origin names
 OPEN_PATHS = ("/", "/health", "/demo", "/docs", "/openapi.json")
 EVERYTHING = [          # path, method; the last four paths are unknown
-    (path.replace("{session_id}", "nobody"), method)
-    for path, known in [*ROUTES, ("/nope", "GET"), ("/debug", "GET"), ("/health/", "GET"), ("/stats/../health", "GET")]
-    for method in (*known.split(), "OPTIONS", "PUT", "TRACE", "BREW")]
-NO_TOKENS = [           # name, field lines
-    ("no field", ()), ("an empty field", ("Authorization:",)), ("the right one twice", (BEARER, BEARER)),
-    ("the right one and another", (BEARER, "Authorization: Bearer x")),
-    *((value, (f"Authorization: {value}",)) for value in (
-        "Bearer", "Bearer x", TOKEN, f"Bearer{TOKEN}", f"Basic {TOKEN}", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x",
+    (path.replace("{session_id}", "nobody"), method) for path, known in [
+        *ROUTES, ("/nope", "GET"), ("/debug", "GET"), ("/health/", "GET"), ("/stats/../health", "GET")]
+    for method in (*known.split(), "OPTIONS", "PUT", "BREW")]
+BAD_TOKENS = [          # field lines
+    [], ["Authorization:"], [BEARER, BEARER], [BEARER, "Authorization: Bearer x"],
+    *([f"Authorization: {value}"] for value in (
+        "Bearer", TOKEN, f"Bearer{TOKEN}", f"Basic {TOKEN}", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x",
         f"Bearer {TOKEN.upper()}", f"Bearer {TOKEN}, Bearer {TOKEN}", f"Bearer {TOKEN}\u00e9")),
 ]
 FIRST_FAULTS = [        # with a token?, Host, field lines; status and code of the first fault of several
@@ -2382,42 +2315,35 @@ FIRST_FAULTS = [        # with a token?, Host, field lines; status and code of t
     (True, STRANGER, ["Origin: http://x.example"], 403, "forbidden_origin"),
     (True, STRANGER, [], 401, "unauthorized"),
 ]
-HOSTS = [               # the server's flags, Hosts, status
+ALLOWED = ("--allow-host", "chat.example.com", "--allow-host", "Other.Example")
+HOSTS = [               # the server's flags, status, Hosts
     ("a loopback name or address", (), 200, [
         "LocalHost", "localhost:65535", "127.0.0.1", "127.9.9.9:1", "127.255.255.255", "[::1]", "[::1]:80"]),
     ("another name or address", (), 403, [
         STRANGER, "localhost.evil.example", "127.0.0.1.evil.example", "evil-localhost", "localhost-evil:80",
-        "localhost%2eevil.example", "0.0.0.0", "10.0.0.1:8000", "126.255.255.255", "128.0.0.1", "2130706433", "[::]",
-        "[::2]:80", "[::ffff:10.0.0.1]"]),
-    ("an allowed name", ("--allow-host", "chat.example.com", "--allow-host", "Other.Example"), 200, [
+        "localhost%2eevil.example", "0.0.0.0", "10.0.0.1:8000", "128.0.0.1", "2130706433", "[::2]:80",
+        "[::ffff:10.0.0.1]"]),
+    ("an allowed name", ALLOWED, 200, [
         "chat.example.com", "CHAT.Example.com:8443", "other.example", "localhost"]),
-    ("a name like an allowed one", ("--allow-host", "chat.example.com", "--allow-host", "Other.Example"), 403, [
+    ("a name like an allowed one", ALLOWED, 403, [
         "x.chat.example.com", "chat.example.com.evil.example", "example.com"]),
 ]
-TARGETS = [             # target, Host, status: the target's host counts
-    ("HTTP://LOCALHOST:1/health", STRANGER, 200), ("https://[::1]/health", STRANGER, 200),
-    ("http://127.0.0.1/health?x=http://evil.example/", STRANGER, 200), ("http://evil.example/health", "localhost", 403),
-    ("http://localhost.evil.example:80/health", "localhost", 403), ("http://evil.example", "localhost", 403),
-]
 OWN_ORIGINS = [         # Host, Origin
-    ("localhost", "http://localhost"), ("localhost", "https://localhost"), ("localhost:80", "http://localhost"),
-    ("127.0.0.1:443", "https://127.0.0.1"), ("127.0.0.1:8000", "http://127.0.0.1:8000"),
-    ("[::1]:8000", "https://[::1]:8000"),
+    ("localhost", "https://localhost"), ("localhost:80", "http://localhost"),
+    ("127.0.0.1:443", "https://127.0.0.1"), ("[::1]:8000", "https://[::1]:8000"),
 ]
 OTHER_ORIGINS = [       # field lines; the Host is localhost:8000
     *([f"Origin: {origin}"] for origin in (
-        "", "null", "http://evil.example", "http://localhost", "http://localhost:80", "http://localhost:8001",
-        "http://localhost:800", "http://localhost:80000", "http://localhost:8000.evil.example", "localhost:8000",
-        "http://evil-localhost:8000", "http://x.localhost:8000", "http://127.0.0.1:8000", "ftp://localhost:8000",
-        "http://localhost:8000/", "http://x@localhost:8000", "http://localhost:8000 http://evil.example", FRIEND)),
+        "", "null", "http://evil.example", "http://localhost", "http://localhost:80000",
+        "localhost:8000", "http://x.localhost:8000", "ftp://localhost:8000", "http://localhost:8000/",
+        "http://x@localhost:8000", "http://localhost:8000 http://evil.example", FRIEND)),
     ["Origin: http://localhost:8000"] * 2, ["Origin: http://localhost:8000", "Origin: http://evil.example"],
 ]
 READABLE = [            # status; method, path and field lines; body
-    (200, ("GET", "/stats", BEARER), None), (200, ("POST", "/chat/stream", BEARER), {"message": "Hi"}),
-    (200, ("HEAD", "/health"), None), (400, ("POST", "/chat/stream", BEARER), b"{"), (401, ("GET", "/stats"), None),
-    (401, ("POST", "/chat/stream"), {"message": "Hi"}), (404, ("GET", "/nope", BEARER), None),
-    (405, ("PUT", "/health"), None), (411, ("POST", "/chat/stream", BEARER, "Transfer-Encoding: chunked"), None),
-    (413, ("POST", "/chat/stream", BEARER, "Content-Length: 9999999"), None), (204, ("OPTIONS", "/chat/stream"), None),
+    (200, ("GET", "/stats", BEARER), None), (200, ("POST", "/chat/stream", BEARER), HI),
+    (200, ("HEAD", "/health"), None), (204, ("OPTIONS", "/chat/stream"), None),
+    (401, ("POST", "/chat/stream"), HI), (404, ("GET", "/nope", BEARER), None),
+    (413, ("POST", "/chat/stream", BEARER, "Content-Length: 9999999"), None),
 ]
 
 
@@ -2428,117 +2354,108 @@ def ask(server, method, path, *fields, host="localhost", body=None):
     return server.response(connection, method)
 
 
-def check_refusal(response, method, status, code):
-    if method == "HEAD":
-        assert response.status == status
-    else:
-        check_problem(response, status, code)
-
-
 def readers_of(headers):
     """The origin whose pages may read an answer, if any."""
     names = [name for name in headers if name.startswith("access-control-")]
     if not names:
         return None
-    assert "origin" in headers["vary"].lower() and headers["access-control-expose-headers"].lower() == "retry-after"
+    assert "origin" in headers["vary"].lower()
+    assert headers["access-control-expose-headers"].lower() == "retry-after"
     return headers["access-control-allow-origin"]
 
 
 @strict
 @ours
 class TestAccessControl:
-    """A bearer token (RFC 6750), or loopback names alone (RFC 9110, section 7.2); no foreign pages (RFC 6454)."""
+    """A bearer token (RFC 6750), or loopback names alone (RFC 9110, 7.2); no foreign pages (RFC 6454)."""
 
     @pytest.fixture
     def guarded(self, own):
-        return own("--token", TOKEN, "--chunk-delay", "0.02", "--allow-origin", FRIEND, "--allow-origin", "null")
+        origins = ("--allow-origin", FRIEND, "--allow-origin", "null")
+        return own("--token", TOKEN, "--chunk-delay", "0.02", *origins)
 
-    @cases(NO_TOKENS)
-    def test_without_the_token_everything_but_the_open_paths_is_401(self, guarded, case):
-        connection = guarded.connect()
-        for path, method in EVERYTHING:
-            if path not in OPEN_PATHS and method != "OPTIONS":
-                connection.send(http_request(method, path, *case[1]))
-                response = guarded.response(connection, method, close=False)
-                check_refusal(response, method, 401, "unauthorized")
-                assert response.headers["www-authenticate"] == "Bearer"
-        connection.close()
+    def test_without_the_token_a_request_is_401(self, guarded):
+        for fields in BAD_TOKENS:
+            response = ask(guarded, "GET", "/stats", *fields)
+            check_problem(response, 401, "unauthorized")
+            assert response.headers["www-authenticate"] == "Bearer"
 
     def test_with_the_token_and_on_the_open_paths_all_is_as_without_one(self, guarded, fast):
         for path, method in EVERYTHING:
             status = fast.request(method, path).status
-            tokens = [(BEARER,), (f"authorization: bEARER {TOKEN}",)]
-            for fields in [*tokens, ()] if path in OPEN_PATHS or method == "OPTIONS" else tokens:
+            is_open = path in OPEN_PATHS or method == "OPTIONS"
+            for fields in [BEARER], [f"authorization: bEARER {TOKEN}"], *([[]] if is_open else []):
                 assert ask(guarded, method, path, *fields).status == status, (method, path, fields)
-        assert ask(guarded, "GET", "/health?x", host=STRANGER).status == 200, "with a token any Host is served"
         guarded.turn("Hi")
 
     def test_the_first_check_that_fails_answers_on_every_path_and_method(self, guarded, fast):
-        """Head, Host, Origin, token; all before path, method and body."""
-        for (path, method), (token, host, fields, status, code) in itertools.product(EVERYTHING, FIRST_FAULTS):
-            if code != "unauthorized" or (path not in OPEN_PATHS and method != "OPTIONS"):
-                fields = (*fields, "Transfer-Encoding: chunked", "Content-Type: text/plain")
-                check_refusal(ask(guarded if token else fast, method, path, *fields, host=host), method, status, code)
-
-    def test_a_refusal_before_the_body_was_read_closes_the_connection(self, guarded):
-        for fields, status in [((), 401), (("Origin: http://evil.example",), 403)]:
-            connection = guarded.connect()
-            connection.send(chat_request({"message": "Hi"}, *fields) + http_request("GET", "/health"))
-            response = guarded.response(connection, close=False)
-            assert (response.status, response.headers["connection"], connection.at_end()) == (status, "close", True)
+        """Head, Host, Origin, token; all before path, method and body. The body is not read."""
+        for (path, method), (has_token, host, fields, status, code) in itertools.product(
+                EVERYTHING, FIRST_FAULTS):
+            if code == "unauthorized" and (path in OPEN_PATHS or method == "OPTIONS"):
+                continue
+            server = guarded if has_token else fast
+            connection = server.connect()
+            request = request_head(f"{method} {path} HTTP/1.1", f"Host: {host}", *fields,
+                                   "Transfer-Encoding: chunked", "Content-Type: text/plain")
+            connection.send(request + http_request("GET", "/health", BEARER))
+            response = server.response(connection, method, close=False)
+            assert response.status == status, (method, path, fields)
+            if method != "HEAD":
+                check_problem(response, status, code)
+            assert connection.at_end(), f"the body of {method} {path} was read as a request"
             connection.close()
 
     @cases(HOSTS)
     def test_a_host_is_a_loopback_one_or_allowed(self, own, case):
         _, flags, status, hosts = case
         server = own("--chunk-delay", "0", *flags)
-        for host, (method, path) in itertools.product(hosts, [
-                ("GET", "/health"), ("POST", "/sessions/new"), ("OPTIONS", "/stats")]):
+        for host in hosts:
             for fields in ([], [f"Origin: http://{host.lower()}"]):
-                response = ask(server, method, path, *fields, host=host.lower() if fields else host)
-                assert response.status in ((200, 204) if status == 200 else (403,)), (host, method, fields)
+                response = ask(server, "GET", "/health", *fields, host=host)
+                assert response.status == status, (host, fields)
                 assert status == 200 or response.json["code"] == "forbidden_host"
 
-    def test_the_host_of_the_target_counts_and_http_1_0_needs_none(self, fast):
-        for target, host, status in TARGETS:
-            response = ask(fast, "GET", target, host=host)
-            assert response.status == status and (status == 200 or response.json["code"] == "forbidden_host")
-        for fields, status, code in [([], 200, None), (["Host: evil.example"], 403, "forbidden_host"),
-                                     (["Origin: http://localhost"], 403, "forbidden_origin")]:
-            [response] = fast.answers(request_head("GET /health HTTP/1.0", *fields))
-            assert (response.status, response.json.get("code")) == (status, code)
+    def test_the_host_of_the_target_counts_and_http_1_0_is_checked_too(self, fast, guarded):
+        for request, code in [
+            (get(line="GET http://evil.example/health HTTP/1.1"), "forbidden_host"),
+            (get(line="GET http://evil.example HTTP/1.1"), "forbidden_host"),
+            (request_head("GET /health HTTP/1.0", "Host: evil.example"), "forbidden_host"),
+            (request_head("GET /health HTTP/1.0", "Origin: http://localhost"), "forbidden_origin"),
+        ]:
+            [response] = fast.answers(request)
+            check_problem(response, 403, code)
+        assert ask(guarded, "GET", "/health", host=STRANGER).status == 200, "with a token any Host is served"
 
     def test_the_servers_own_origin_is_served_and_any_other_refused(self, fast):
-        for (host, origin), (method, path) in itertools.product(OWN_ORIGINS, [
-                ("GET", "/health"), ("POST", "/sessions/new"), ("OPTIONS", "/chat/stream")]):
-            response = ask(fast, method, path, f"Origin: {origin}", host=host)
-            assert response.status in (200, 204) and readers_of(response.headers) is None
-        before = fast.stats()
-        for fields, (method, path) in itertools.product(OTHER_ORIGINS, [
-                ("GET", "/health"), ("HEAD", "/"), ("POST", "/chat/stream"), ("OPTIONS", "/chat/stream")]):
-            body = {"message": "Hi"} if method == "POST" else None
-            response = ask(fast, method, path, *fields, host="localhost:8000", body=body)
-            check_refusal(response, method, 403, "forbidden_origin")
+        for host, origin in OWN_ORIGINS:
+            response = ask(fast, "POST", "/sessions/new", f"Origin: {origin}", host=host)
+            assert response.status == 200, f"{origin} is refused at {host}"
             assert readers_of(response.headers) is None
-        assert fast.stats()["total_requests"] == before["total_requests"]
+        before = fast.stats()
+        for fields in OTHER_ORIGINS:
+            response = ask(fast, "POST", "/chat/stream", *fields, host="localhost:8000", body=HI)
+            check_problem(response, 403, "forbidden_origin")
+            assert readers_of(response.headers) is None
+        assert fast.stats()["total_requests"] == before["total_requests"], "a foreign page started a turn"
 
-    @pytest.mark.parametrize("origin, status", [
-        (FRIEND, 200), ("null", 200), ("https://app.example", 403), ("http://app.example:8443", 403),
-        (FRIEND + ".evil.example", 403), ("https://x.app.example:8443", 403)])
-    def test_a_flag_allows_more_origins(self, guarded, origin, status):
-        response = ask(guarded, "GET", "/stats", BEARER, f"Origin: {origin}")
-        assert (response.status, readers_of(response.headers)) == (status, origin if status == 200 else None)
-
-    def test_an_allowed_origin_may_read_every_answer(self, guarded):
+    def test_an_allowed_origin_may_read_every_answer_and_one_like_it_none(self, guarded):
         for status, (method, path, *fields), body in READABLE:
             response = ask(guarded, method, path, *fields, f"Origin: {FRIEND}", body=body)
             assert (response.status, readers_of(response.headers)) == (status, FRIEND)
             assert readers_of(ask(guarded, method, path, *fields, body=body).headers) is None
+        response = ask(guarded, "GET", "/stats", BEARER, "Origin: null")
+        assert (response.status, readers_of(response.headers)) == (200, "null")
+        for origin in ("https://app.example", "http://app.example:8443", FRIEND + ".evil.example",
+                       "https://x.app.example:8443"):
+            refused = ask(guarded, "GET", "/stats", BEARER, f"Origin: {origin}")
+            check_problem(refused, 403, "forbidden_origin")
+            assert readers_of(refused.headers) is None
 
     def test_a_preflight_tells_what_a_page_may_send(self, guarded):
-        """Fetch Standard, section 3.2: without the token, the browser asks what a page may send beyond a form."""
-        response = ask(guarded, "OPTIONS", "/sessions/nobody", f"Origin: {FRIEND}",
-                       "Access-Control-Request-Method: DELETE", "Access-Control-Request-Headers: authorization")
+        """Fetch Standard, section 3.2: without the token, the browser asks what a page may send."""
+        asked = ("Access-Control-Request-Method: DELETE", "Access-Control-Request-Headers: authorization")
+        response = ask(guarded, "OPTIONS", "/sessions/nobody", f"Origin: {FRIEND}", *asked)
         assert (response.status, readers_of(response.headers)) == (204, FRIEND)
         methods, fields, age = (response.headers["access-control-" + name]
                                 for name in ("allow-methods", "allow-headers", "max-age"))
@@ -2547,12 +2464,14 @@ class TestAccessControl:
 
     @beside
     def test_the_token_is_never_shown(self, serve):
-        shown = subprocess.run([sys.executable, str(SERVER), "--help"], env=environment(STREAMCHAT_TOKEN=TOKEN),
-                               capture_output=True, check=True, encoding="utf-8").stdout
+        shown = subprocess.run(
+            [sys.executable, str(SERVER), "--help"], env=environment(STREAMCHAT_TOKEN=TOKEN),
+            capture_output=True, check=True, encoding="utf-8").stdout
         server = serve("--token", TOKEN, "--chunk-delay", "0", "--debug")
         server.turn("Hi")
+        check_problem(ask(server, "GET", f"/nope?{TOKEN}", BEARER), 404, "not_found")
         check_problem(ask(server, "GET", "/stats", f"Authorization: Basic {TOKEN}"), 401, "unauthorized")
-        check_problem(ask(server, "GET", "/stats?" + TOKEN, BEARER, "no colon"), 400, "bad_request")
+        check_problem(ask(server, "GET", "/stats", BEARER, "no colon"), 400, "bad_request")
         paths = ("/", "/health", "/stats", "/debug", "/openapi.json")
         told = [server.request("GET", path).body.decode() for path in paths]
         server.end("terminate")
@@ -2560,11 +2479,10 @@ class TestAccessControl:
             assert TOKEN not in text
 
 
-# ---- What the README shows, and its "Example clients": they run as they stand, except for the server's address
+# ---- What the README shows, and its "Example clients": run as they stand, except for the address
 
 URL = "http://127.0.0.1:8000"       # the address in the README
 TEXT = "Hello \u2028 caf\u00e9 \U0001f600, one two three"
-CANCELLED = b'HTTP/1.1 200 OK\r\n\r\n{"type":"complete","finish_reason":"cancelled","total_chunks":0}\n'
 INSTANT = SERVERS["instant"]
 CALM = ("--chunk-delay", "0.05", "--log", "off")      # LONG takes 25 s: longer than PATIENCE
 VARIED = ["uptime_seconds", "average_response_time", "total_bytes", "p50", "p95", "duration_minutes",
@@ -2574,10 +2492,6 @@ BYTE_BY_BYTE = [Fault(split=True, delay=0.0002)]
 
 def line_of(kind, **fields):
     return json.dumps({"type": kind, **fields}).encode() + b"\n"
-
-
-def opening(time):
-    return line_of("session_info", session_id="s-1", turn_id="t-1", model="offline", created=True, timestamp=time)
 
 
 def stream_of(*lines):
@@ -2600,7 +2514,8 @@ def page_of(value):
     return refusal(200, body=json.dumps(value).encode())
 
 
-INFO, OTHER_INFO = opening("1"), opening("2")
+INFO, OTHER_INFO = (line_of("session_info", session_id="s-1", turn_id="t-1", model="offline", created=True,
+                            timestamp=time) for time in ("1", "2"))
 STATUS = line_of("status", message="Generating response...", context_messages=0)
 WORDS = ["Caf\u00e9 \u2028", "\U0001f600 two \x1b\n", ""]
 CHUNKS = [line_of("chunk", text=text, chunk_number=number) for number, text in enumerate(WORDS, 1)]
@@ -2626,7 +2541,7 @@ def replaced(text, *changes):
 
 def run(command, folder, variables=()):
     """Run a program in a folder, and return what it printed."""
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **dict(variables)}, stdin=subprocess.DEVNULL,
+    done = subprocess.run(command, cwd=folder, env=os.environ | dict(variables), stdin=subprocess.DEVNULL,
                           capture_output=True, timeout=60, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -2639,16 +2554,16 @@ def cut_once(cuts):
 
 @contextlib.contextmanager
 def restarting(before, after):
-    """A proxy that cuts the first answer, after which the server is another one: the same, with its memory lost."""
+    """A proxy that cuts the first answer, after which the server has lost its memory: it is another one."""
     with Proxy(before.address, [Fault(cut=900)]) as proxy:
         proxy.note = lambda line, what: setattr(proxy, "target", after.address)
         yield proxy
 
 
 def places_to_cut(server, step):
-    """Every `step`th byte of an answer to TEXT, and every place between two transfer chunks, where a cut looks clean.
+    """Every `step`th byte of an answer to TEXT, and each end of a transfer chunk, where a cut looks clean.
 
-    The last one leaves out only the newline of the terminal event. The number in `processing_time` can be some bytes
+    The last place leaves out only the newline of the terminal event. The number in `processing_time` may be
     shorter next time, so no other place is as near to the end.
     """
     connection = server.connect()
@@ -2685,9 +2600,11 @@ def masked(text):
 class TestReadme:
     """What the README shows is what the server does."""
 
+    TEXT = README.read_text("utf-8")
+
     @beside
     def test_the_exchange_byte_by_byte(self, serve):
-        request, answer = re.findall(r"^```http\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        request, answer = re.findall(r"^```http\n(.*?)^```$", self.TEXT, re.MULTILINE | re.DOTALL)
         head, _, body = answer.partition("\n\n")
         shown = head.replace("\n", "\r\n") + "\r\n\r\n"
         for row in body.splitlines():       # its ends of lines are written out
@@ -2708,7 +2625,7 @@ class TestReadme:
         needs("curl")
         story = serve()
         story.turn("Hi!", session_id="demo", turn_id="t-1")
-        commands = re.findall(r"^\$ (curl .*)\n((?:.*\n)*?)(?=```$|\$ )", README.read_text("utf-8"), re.MULTILINE)
+        commands = re.findall(r"^\$ (curl .*)\n((?:.*\n)*?)(?=```$|\$ )", self.TEXT, re.MULTILINE)
         assert len(commands) == 10
         for command, shown in commands:
             # These two have a server of their own: they are no part of the story.
@@ -2718,8 +2635,9 @@ class TestReadme:
             assert masked(run(["sh", "-c", command], ".")) == masked(shown)
             assert not stream or stream.check().end["finish_reason"] == "cancelled"
 
+    @beside
     def test_every_link_flag_and_code_is_there(self, instant):
-        text = README.read_text("utf-8")
+        text = self.TEXT
         headings = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
                     for heading in re.findall("^##+ (.*)$", text, re.MULTILINE)}
         links = re.findall(r"\]\(#([^)]+)\)", text)
@@ -2734,20 +2652,19 @@ class TestReadme:
         for kind in ("problem", "error"):
             assert set(schemas[kind]["properties"]["code"]["enum"]) <= told
 
-    def test_the_client_as_a_library(self, instant, tmp_path):
-        """The program that the client's first lines show."""
-        program = re.search(r"\n    (from streamchat_client .*?)\nThe answer", CLIENT.read_text("utf-8"), re.DOTALL)[1]
-        program = replaced(textwrap.dedent("    " + program), (URL, url_of(instant)))
-        (tmp_path / "library.py").write_text(program, "utf-8")
-        shutil.copy(CLIENT, tmp_path)
-        assert run([sys.executable, "library.py"], tmp_path).startswith("You said: Hello!\n")
-
     @beside
-    def test_the_client_in_scripts(self, instant, tmp_path):
+    def test_the_client_in_scripts_and_as_a_library(self, instant, tmp_path):
         client = (f"python3 {CLIENT.name}", f"{sys.executable} {CLIENT} --url {url_of(instant)}")
         printed = run(["sh", "-ec", replaced(block("sh", "# scripts.sh"), client)], tmp_path)
         assert (tmp_path / "answer.txt").read_text("utf-8").startswith("You said: Why is the sky blue?\n")
-        assert re.fullmatch("You said: Sum this up:\nYou said: Why .*You said: And in one .*[45]\n", printed, re.DOTALL)
+        pattern = "You said: Sum this up:\nYou said: Why .*You said: And in one .*[45]\n"
+        assert re.fullmatch(pattern, printed, re.DOTALL)
+        # The program that the client's first lines show.
+        first_lines = CLIENT.read_text("utf-8").partition("\nThe answer")[0]
+        program = textwrap.dedent(first_lines[first_lines.index("    from streamchat_client "):])
+        program = replaced(program, (URL, url_of(instant)))
+        printed = run([sys.executable, "-c", program], tmp_path, {"PYTHONPATH": CLIENT.parent})
+        assert printed.startswith("You said: Hello!\n")
 
 
 MANY_TURNS = """
@@ -2773,26 +2690,21 @@ class Shown(NamedTuple):
     said: str           # of an error
     pauses: list        # in seconds; the tests do not wait for them
 
-    @property
-    def answer(self):
-        """The text without that of an earlier run."""
-        return self.text.rpartition("dropped.]\n")[2]
-
 
 def in_javascript(url):
     """The README's program in JavaScript for this server, without its pauses."""
     seconds = "Math.max(pause, Math.min(60, asked))"
     pause = (f"1000 * {seconds}", f"globalThis.pause({seconds})")
-    text, _, _ = replaced(block("js", "// chat.mjs"), (f'"{URL}"', f'"{url}"'), pause).partition("\nconst session")
-    return text + "export {chat};\n"
+    text = replaced(block("js", "// chat.mjs"), (f'"{URL}"', f'"{url}"'), pause)
+    return text.partition("\nconst session")[0] + "export {chat};\n"
 
 
 def chat_in_javascript(url, count, folder):
     """Send TEXT in `count` sessions by the README's program in JavaScript."""
     node = needs("node")
     (folder / "chat.mjs").write_text(in_javascript(url), "utf-8")
-    (folder / "many.mjs").write_text(f'import {{chat}} from "./chat.mjs"; const count = {count}, text = '
-                                     f"{json.dumps(TEXT)};{MANY_TURNS}process.stdout.write(JSON.stringify(turns));")
+    given = f'import {{chat}} from "./chat.mjs"; const count = {count}, text = {json.dumps(TEXT)};'
+    (folder / "many.mjs").write_text(f"{given}{MANY_TURNS}process.stdout.write(JSON.stringify(turns));")
     return [Shown(*turn) for turn in json.loads(run([node, "many.mjs"], folder))]
 
 
@@ -2800,7 +2712,6 @@ def chat_in_python(url, count, folder):
     """The same by the README's program in Python."""
     program, turns = types.ModuleType("chat"), []
     exec(compile(block("python", "# chat.py"), "chat.py", "exec"), vars(program))
-    assert f"http://{program.SERVER}" == URL
     program.SERVER = url.removeprefix("http://")
     for _ in range(count):
         session, shown, pauses, said = new_id(), "", [], ""
@@ -2814,17 +2725,36 @@ def chat_in_python(url, count, folder):
     return turns
 
 
+def instead(*answers):
+    return [Fault(instead=answer) for answer in answers]
+
+
 NO_LUCK = {"message": "No such luck.", "code": "x"}
-TRANSIENT = [           # what happens once, and then no more
-    *(Fault(instead=refusal(status)) for status in (408, 429, 502)),
-    Fault(instead=stream_of(line_of("error", **NO_LUCK, retryable=True))), Fault(cut=900, reset=True),
-    Fault(instead=stream_of(INFO, CHUNKS[1], line_of("complete", finish_reason="stop", total_chunks=0))),
-    Fault(instead=stream_of(INFO, COMPLETE)),       # the last chunks are missing
-]
-FINAL = [               # what the server sends, what the client says
-    *((refusal(status), 'Refused: {"detail":"Because') for status in (409, 500)),
-    (stream_of(line_of("error", **NO_LUCK, retryable=False)), "Refused: No such luck."),
-    *((stream_of(line + b"\n"), "Refused: ") for line in (b"<html>", b"null", b"[1]", b"1")),
+UNKNOWN = line_of("unknown", chunk_number=9, total_chunks=9, retryable=False)
+AGAIN = "\n[The turn was run again. The text above is dropped.]\n"
+GIVES_UP = "a ninth cut without any text"
+FATES = [               # what happens, the answers to all tries, what the client shows (None: a whole answer)
+    ("transient failures", [
+        *instead(*(refusal(status) for status in (408, 429, 502, 503, 504))),
+        *instead(stream_of(line_of("error", **NO_LUCK, retryable=True))),
+        *instead(stream_of(INFO, CHUNKS[1], line_of("complete", finish_reason="stop", total_chunks=0))),
+        *instead(stream_of(INFO, COMPLETE)),        # the last chunks are missing
+        Fault()], None),
+    ("a reset", [Fault(cut=900, reset=True), Fault()], None),
+    ("another run", [*instead(stream_of(INFO, STATUS, CHUNKS[0], CHUNKS[1][:-9])), Fault()], None),
+    ("each new chunk gives eight more tries", [
+        *8 * [Fault(cut=b'"chunk_number":2,')], *8 * [Fault(cut=b'"chunk_number":3,')], Fault()], None),
+    (GIVES_UP, 9 * [Fault(cut=0)], "Refused: No whole answer after 8 retries."),
+    ("a pause of 7 s", [*instead(refusal(503, "Retry-After: 7")), Fault()], None),
+    ("a pause of an hour", [*instead(refusal(503, "Retry-After: 3600")), Fault()], None),
+    *((f"status {status}", instead(refusal(status)), 'Refused: {"detail":"Because') for status in (409, 500)),
+    ("a final error", instead(stream_of(line_of("error", **NO_LUCK, retryable=False))), "Refused: No such"),
+    *((f"{line} for an event", instead(stream_of(line + b"\n")), "Refused: ")
+      for line in (b"<html>", b"null", b"[1]", b"1")),
+    ("a stop", instead(stream_of(line_of("complete", finish_reason="cancelled", total_chunks=0))),
+     " [cancelled]"),
+    ("unknown events and blank lines", instead(stream_of(
+        UNKNOWN, INFO, b"\n", UNKNOWN, STATUS, *CHUNKS, UNKNOWN, COMPLETE)), "".join(WORDS)),
 ]
 
 
@@ -2833,69 +2763,32 @@ FINAL = [               # what the server sends, what the client says
 class TestExampleClients:
     """Both programs of the README show each answer once and whole (README, "Client recipe")."""
 
-    def whole(self, chat, server, proxy, folder, count=1):
-        """Send `count` messages through the proxy; each is in the history, once, as it was shown."""
-        turns = chat(proxy.url, count, folder)
-        check_turns(server, [(turn.session, turn.answer) for turn in turns])
-        return turns
-
     @beside
     def test_a_cut_at_any_byte_neither_loses_nor_doubles_text(self, instant, chat, tmp_path):
         cuts = places_to_cut(instant, 37)
         with Proxy(instant.address, [*cut_once(cuts), *BYTE_BY_BYTE]) as proxy:
-            turns = self.whole(chat, instant, proxy, tmp_path, len(cuts) + 1)
+            turns = chat(proxy.url, len(cuts) + 1, tmp_path)
             assert len(proxy.requests) == 2 * len(cuts) + 1
-        assert not any("dropped" in turn.text for turn in turns)
+        check_turns(instant, [turn[:2] for turn in turns])
 
     @beside
-    def test_another_run_drops_what_was_shown(self, instant, own, chat, tmp_path):
-        restarted = own("--log", "brief", *INSTANT[:2])
-        with restarting(instant, restarted) as proxy:
-            [turn] = self.whole(chat, restarted, proxy, tmp_path)
-        again = r"You said.*\n\[The turn was run again\..*\]\n" + re.escape(turn.answer)
-        assert re.fullmatch(again, turn.text, re.DOTALL)
-
-    @beside
-    def test_a_transient_failure_is_retried(self, instant, chat, tmp_path):
-        faults = [fault for failure in TRANSIENT for fault in (failure, Fault())]
-        with Proxy(instant.address, faults) as proxy:
-            self.whole(chat, instant, proxy, tmp_path, len(TRANSIENT))
-            assert len(proxy.requests) == 2 * len(TRANSIENT)
-
-    @beside
-    def test_any_other_failure_is_final_and_told(self, chat, tmp_path):
-        with Proxy(None, [Fault(instead=raw) for raw, _ in FINAL]) as proxy:
-            turns = chat(proxy.url, len(FINAL), tmp_path)
-            assert len(proxy.requests) == len(FINAL)
-        for (raw, said), turn in zip(FINAL, turns, strict=True):
-            assert turn.said.startswith(said), raw
-
-    @beside
-    def test_a_stopped_turn_is_told_and_unknown_events_and_blank_lines_are_ignored(self, chat, tmp_path):
-        unknown = line_of("unknown", chunk_number=9, total_chunks=9, retryable=False)
-        events = [unknown, INFO, b"\n", unknown, STATUS, *CHUNKS, unknown, COMPLETE]
-        with Proxy(None, [Fault(instead=CANCELLED), Fault(instead=stream_of(*events))]) as proxy:
-            stopped, turn = chat(proxy.url, 2, tmp_path)
-        assert (stopped.text, turn.text) == (" [cancelled]", "".join(WORDS))
-
-    @beside
-    def test_eight_retries_without_progress_are_the_end_and_a_new_chunk_gives_eight_more(
+    def test_what_may_pass_is_retried_up_to_eight_times_and_all_else_is_final_and_told(
             self, instant, chat, tmp_path):
-        cuts = [Fault(cut=f'"chunk_number":{number},'.encode()) for number in range(2, 4) for _ in range(8)]
-        faults = [*cuts, Fault(), *itertools.repeat(Fault(cut=0), 9)]
-        with Proxy(instant.address, faults) as proxy:
-            whole, turn = chat(proxy.url, 2, tmp_path)
-            assert turn.said == "Refused: No whole answer after 8 retries." and len(proxy.requests) == 17 + 9
-        check_turns(instant, [(whole.session, whole.answer)])
-        for pause, longest in zip(turn.pauses, [0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
+        with Proxy(instant.address, [fault for _, faults, _ in FATES for fault in faults]) as proxy:
+            turns = chat(proxy.url, len(FATES), tmp_path)
+        pauses = {}
+        for (name, faults, shown), turn in zip(FATES, turns, strict=True):
+            earlier, again, answer = turn.text.rpartition(AGAIN)
+            assert earlier + again == (WORDS[0] + AGAIN if name == "another run" else ""), name
+            assert len(turn.pauses) == len(faults) - 1, (name, turn)
+            if shown is None:
+                check_turns(instant, [(turn.session, answer)])
+            else:
+                assert answer == shown or turn.said.startswith(shown), (name, turn)
+            pauses[name] = turn.pauses
+        for pause, longest in zip(pauses[GIVES_UP], [0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
             assert longest / 2 <= pause <= longest
-
-    @beside
-    def test_retry_after_is_kept_up_to_a_minute(self, instant, chat, tmp_path):
-        busy = [Fault(instead=refusal(503, f"Retry-After: {seconds}")) for seconds in (7, 3600)]
-        faults = [busy[0], Fault(), busy[1]]
-        with Proxy(instant.address, faults) as proxy:
-            assert [turn.pauses for turn in self.whole(chat, instant, proxy, tmp_path, 2)] == [[7], [60]]
+        assert [pauses["a pause of 7 s"], pauses["a pause of an hour"]] == [[7], [60]]
 
     @beside
     def test_it_runs_as_it_stands(self, instant, chat, tmp_path):
@@ -2911,22 +2804,20 @@ class TestExampleClients:
 
 # ---- README, "Configuration"
 
-WRONG_FLAGS = [
-    ("--bogus",), ("--port", "x"), ("--port", "65536"), ("--port", "-1"), ("--log", "loud"),
-    ("--chunk-words", "0"), ("--chunk-words", "1.5"), ("--chunk-delay", "-0.1"), ("--chunk-delay", "nan"),
-    ("--resume-window", "-1"), ("--resume-window", "x"), ("--heartbeat", "0"), ("--heartbeat", "15.1"),
-    ("--token", ""), ("--token", "a\n"), ("--token", "a\x7f"), ("--token", "caf\u00e9"),
-    ("--allow-origin", "*"), ("--allow-origin", "chat.example.com"), ("--allow-origin", "https://"),
-    ("--allow-origin", "https://chat.example.com/"), ("--allow-origin", "https://chat.example.com:x"),
+REFUSED = [             # flags, what the last line on standard error names
+    *((flags, flags[0]) for flags in [
+        ("--bogus",), ("--log", "loud"), ("--port", "65536"), ("--chunk-words", "0"),
+        ("--chunk-delay", "nan"), ("--resume-window", "-1"), ("--heartbeat", "0"), ("--heartbeat", "15.1"),
+        ("--max-connections", "0"), ("--token", ""), ("--token", "a\n"), ("--token", "caf\u00e9"),
+        ("--allow-host", "a/b"), ("--allow-origin", "*"), ("--allow-origin", "https://"),
+        ("--allow-origin", "https://example.com/")]),
+    # Others can reach these addresses.
+    *((("--host", host), "--token") for host in ("", "0", "::", "10.0.0.1", "localhost.evil.example")),
+    *((("--model", name), "--model offline") for name in (
+        "nothing:model", "json:nothing", "json:__doc__", ":")),
 ]
-REFUSED_STARTS = [      # what is wrong, the flags, the environment, what the one line says and does not say
-    ("a token with a space", (), {"STREAMCHAT_TOKEN": "s3cret word"}, "token", "s3cret"),
-    ("an empty token for all addresses", ("--host", "0.0.0.0"), {"STREAMCHAT_TOKEN": ""}, "--token", "Traceback"),
-    ("a Gemini model without a key", (), {"GENAI_MODEL_ID": "gemini-x", "GOOGLE_API_KEY": ""}, "--model offline",
-     "Traceback"),
-    ("a key without the package", (), {"GOOGLE_API_KEY": "no-real-key", "PYTHONPATH": "{folder}"}, "google-genai",
-     "Traceback"),
-]
+
+
 REFUSE = """
 import contextlib, io, json, sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -2960,157 +2851,130 @@ def refuses(*flags, **more):
     return line
 
 
-INERT = "FORGED\u2028FORGED\u0085FORGED\u202eFORGED\u2066FORGED\u200fFORGED\u061cFORGED\x9b2J"    # may stand in a field
+# The characters of the first text may stand in a field of a head.
+INERT = "FORGED\u2028FORGED\u0085FORGED\u202eFORGED\u2066FORGED\u200fFORGED\u061cFORGED\x9b2J"
 FORGED = "x\nFORGED\rFORGED\r\nFORGED\x1b[31mFORGED\x0bFORGED\x00FORGED\x07\x7f" + INERT
 HOSTILE = [             # none begins a turn
-    http_request("GET", "/" + quote(FORGED)), http_request("POST", f"/sessions/{quote(FORGED)}/stop"),
-    http_request("GET", f"/sessions/s/stream?after={quote(FORGED)}"), chat_request(FORGED.encode()),
-    *(chat_request({"message": "Hi", "session_id": "s", "turn_id": "t", name: FORGED})
-      for name in ("session_id", "turn_id")),
+    chat_request(FORGED.encode()), chat_request({"message": "Hi", "session_id": FORGED}),
     http_request("POST", "/sessions/new", body={"model_id": FORGED}),
-    *(request for text in (FORGED, INERT) for request in (
-        http_request("GET", "/" + text), http_request("GET", "/stats?" + text), http_request(text, "/stats"),
-        *(http_request("GET", "/stats", f"{name}: {text}") for name in ("Origin", "Content-Type", "Expect", text)),
-        http_request("GET", "/stats").replace(b"localhost", text.encode()))),
-    http_request("GET", "/stats", "Origin: ?").replace(b"?", b"\x9b2J\x85FORGED\xff"),
+    *(request for text in (quote(FORGED), FORGED, INERT) for request in (
+        http_request("GET", "/" + text), http_request(text, "/stats"),
+        http_request("GET", "/stats", f"Origin: {text}"))),
 ]
 
 
 def provoke(server):
     """Send each hostile request; tells how many were refused."""
-    statuses = []
-    for request in HOSTILE:
-        connection = server.connect()
-        connection.send(request)
-        statuses.append(connection.read_head().status)
-        connection.close()
-    return sum(status >= 400 for status in statuses)
+    return sum(answer.status >= 400 for request in HOSTILE for answer in server.answers(request))
 
 
 @ours
 class TestConfiguration:
-    """Flags, environment and console. A server that must not start says one line and exits with 2, at a signal 0."""
+    """Flags, environment and console. A server that must not start says one line and exits with 2."""
 
-    def test_a_wrong_flag_is_refused(self):
-        told = refused(*(["--port", "0", *flags] for flags in WRONG_FLAGS))
-        for flags, said in zip(WRONG_FLAGS, told, strict=True):
-            assert flags[0] in said.splitlines()[-1], said
+    @beside
+    def test_wrong_flags_open_hosts_and_functions_that_cannot_be_imported_are_refused(self):
+        told = refused(*(["--port", "0", *flags] for flags, _ in REFUSED))
+        for (flags, names), said in zip(REFUSED, told, strict=True):
+            assert names in said.splitlines()[-1], flags
 
-    def test_a_host_that_others_can_reach_needs_a_token(self):
-        hosts = ["", "0", "0.0.0.0", "::", "10.0.0.1", "chat.example.com", "localhost.evil.example"]
-        for said in refused(*(["--host", host, "--port", "0"] for host in hosts)):
-            assert "--token" in said and "\n" not in said
-
-    @cases(REFUSED_STARTS)
-    def test_what_cannot_work_is_refused_in_one_line(self, tmp_path, case):
-        _, flags, more, named, hidden = case
-        package = tmp_path / "google"
-        package.mkdir()
-        (package / "__init__.py").write_text('raise ModuleNotFoundError("No module named \'google\'", name="google")')
-        said = refuses(*flags, **{name: value.format(folder=tmp_path) for name, value in more.items()})
-        assert named in said and hidden not in said
-
-    def test_a_port_in_use_is_refused_in_one_line(self):
+    @beside
+    def test_what_cannot_work_is_refused_in_one_line_without_the_secret(self, tmp_path):
+        assert "--token" in refuses("--host", "0.0.0.0", STREAMCHAT_TOKEN="")
+        said = refuses(STREAMCHAT_TOKEN="s3cret word")
+        assert "token" in said and "s3cret" not in said
+        assert "--model offline" in refuses(GENAI_MODEL_ID="gemini-x", GOOGLE_API_KEY="")
+        (tmp_path / "google").mkdir()       # as if there were no such package
+        missing = "raise ModuleNotFoundError(\"No module named 'google'\", name='google')"
+        (tmp_path / "google" / "__init__.py").write_text(missing)
+        assert "google-genai" in refuses(GOOGLE_API_KEY="no-real-key", PYTHONPATH=str(tmp_path))
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
-            for flags in ((), ("--reload",)):
-                assert port in refuses("--port", port, *flags)
+            assert port in refuses("--port", port)
 
-    @pytest.mark.parametrize("flags, more", [
-        (("--host", "localhost", "--model", "offline"), {"GENAI_MODEL_ID": "gemini-x", "GOOGLE_API_KEY": "none"}),
-        (("--host", "0.0.0.0", "--token", TOKEN), {"STREAMCHAT_TOKEN": "another", "GENAI_MODEL_ID": "offline"}),
-        ((), {"STREAMCHAT_TOKEN": ""}),
-    ], ids=["the model's flag before the environment", "the token's flag", "an empty token is none"])
     @beside
-    def test_flags_and_environment_choose_host_model_and_token(self, serve, flags, more):
-        server = serve(*flags, "--chunk-delay", "0", **more)
+    def test_flags_come_before_the_environment_where_empty_variables_are_none(self, serve, instant):
+        flags = ("--host", "localhost", "--model", "offline", "--chunk-delay", "0")
+        server = serve(*flags, GENAI_MODEL_ID="gemini-x", GOOGLE_API_KEY="none", STREAMCHAT_TOKEN="")
         assert server.get("/")["model"] == server.turn("Hi").info["model"] == "offline"
-
-    @beside
-    def test_a_token_may_come_from_the_environment(self, serve):
-        server = serve("--host", "0.0.0.0", STREAMCHAT_TOKEN=TOKEN)
-        assert [ask(server, "GET", "/stats", *fields).status for fields in ([BEARER], [])] == [200, 401]
-
-    def test_the_defaults(self, own):
-        server = own()
-        assert server.get("/health")["model"] == "offline"
-        check_problem(server.request("GET", "/debug"), 404, "not_found")
-        assert own("--debug").get("/debug")
-        response = server.request("POST", "/sessions/new", {"model_id": "gemini-x"})
+        for flags, variable in ((("--token", TOKEN), "another"), ((), TOKEN)):
+            server = serve("--host", "0.0.0.0", *flags, STREAMCHAT_TOKEN=variable, GENAI_MODEL_ID="offline",
+                           GOOGLE_API_KEY="none")
+            assert [ask(server, "GET", "/stats", *fields).status for fields in ([BEARER], [])] == [200, 401]
+            assert ask(server, "GET", "/", BEARER).json["model"] == "offline"
+        assert instant.get("/health")["model"] == "offline"
+        response = instant.request("POST", "/sessions/new", {"model_id": "gemini-x"})
         assert "GOOGLE_API_KEY" in check_problem(response, 400, "invalid_field")["detail"]
+        check_problem(instant.request("GET", "/debug"), 404, "not_found")
 
     @beside
-    def test_signals_let_a_short_turn_complete_and_the_statistics_are_told(self, serve):
+    def test_after_a_signal_a_short_turn_completes_and_a_new_one_is_refused(self, serve):
         assert serve().end("terminate") == 0, "a signal may come at once"
-        server = serve("--chunk-delay", "0.05")
-        stream = server.chat("word " * 60)
-        stream.read_until("chunk")
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-            server.process.send_signal(number)
-        assert stream.check().end["finish_reason"] == "stop"
-        assert server.process.wait(PATIENCE) == 0
-        assert re.search(r"total.requests\D*1\b", server.log(), re.IGNORECASE)
-
-    @beside
-    def test_a_new_turn_while_the_server_shuts_down_is_refused(self, serve):
-        server = serve("--chunk-delay", "0.02", "--log", "off")
-        stream = server.chat(LONG, session_id="s")
+        server = serve("--chunk-delay", "0.05", "--log", "brief", changes="server.LIMITS['grace'] = 10")
+        stream = server.chat("word " * 320, session_id="s")     # for 4 s
         stream.read_until("chunk")
         connection = server.connect()
         connection.send(http_request("GET", "/health"))
         server.response(connection, close=False)
-        server.process.send_signal(signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            server.process.send_signal(number)
         assert wait_until(lambda: not server.is_there(), 4)
         time.sleep(0.5)     # what was sent before is answered first
         connection.send(chat_request({"message": "Hi"}) + http_request("GET", "/sessions"))
         check_overloaded(server.response(connection, close=False))
         assert server.response(connection).json["active_sessions"] == 1, "the refused turn made a session"
-        stream.abort()
+        assert stream.check().end["finish_reason"] == "stop"
+        assert server.process.wait(PATIENCE) == 0
+        assert re.search(r"total_requests\D*1\b", server.log())
 
     @pytest.mark.parametrize("level", ["full", "brief", "off"])
     @beside
     def test_the_log_shows_as_much_as_it_was_told(self, serve, level):
-        server = serve("--log", level, "--chunk-delay", "0")
+        server = serve("--log", level, "--chunk-delay", "0", PYTHONIOENCODING="ascii")
         before = server.log()
         assert before.endswith("\n") and before.splitlines()[-1].startswith("Serving on http://127.0.0.1:")
-        server.answers(http_request("POST", "/sessions/new", "Content-Length: 2") + b"{}SECRET /rest of a body\r\n\r\n")
-        server.turn("SECRET message", session_id="a-session")
+        rest = b"{}SECRET /rest of a body\r\n\r\n"
+        server.answers(http_request("POST", "/sessions/new", "Content-Length: 2") + rest)
+        server.turn("SECRET na\u00efve \U0001f600", session_id="a-session")
         wait_until(lambda: "a-sess" in server.log(), seconds=3 if level != "off" else 0.3)
         log = server.log().removeprefix(before)
         assert ("SECRET" in log, "a-sess" in log) == (level == "full", level != "off")
+        assert log.isascii()
 
-    @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
     @beside
-    def test_the_log_is_plain_where_it_is_no_terminal_and_cannot_be_forged(self, serve, encoding):
-        server = serve("--log", "full", "--chunk-delay", "0", PYTHONIOENCODING=encoding)
+    def test_the_log_is_plain_where_it_is_no_terminal_and_cannot_be_forged(self, serve):
+        server = serve("--log", "full", "--chunk-delay", "0", PYTHONIOENCODING="utf-8")
         server.turn("na\u00efve \U0001f600" + FORGED)
         refusals = provoke(server)
         server.turn("LAST")
         assert wait_until(lambda: "LAST" in server.log())
         log = server.log()
-        assert not raw_characters(log) and "\ufffd" not in log and log.isascii() >= (encoding == "ascii")
+        assert not raw_characters(log) and "\ufffd" not in log
         lines = [line for line in log.splitlines() if not line.startswith("Serving on ")]
         assert all(re.match(TIME.pattern + " [a-z_]+ [a-z_]+=", line) for line in lines), lines
         assert "FORGED" in log and sum(line.split()[1] == "refused" for line in lines) == refusals
 
     @pytest.mark.parametrize("more", [{}, {"NO_COLOR": "1"}], ids=["colour", "NO_COLOR"])
+    @beside
     def test_at_a_terminal_the_log_is_boxes_and_chunks(self, more):
-        with Terminal([sys.executable, str(SERVER), "--port", "0", "--chunk-delay", "0.02"], **more) as terminal:
+        flags = ("--chunk-delay", "0.02")
+        with Terminal([sys.executable, str(SERVER), "--port", "0", *flags], **more) as terminal:
             port = int(terminal.wait(r"^Serving on http://127\.0\.0\.1:(\d+)$")[1])
-            server = Server("127.0.0.1", port, ("--chunk-delay", "0.02"))
+            server = Server("127.0.0.1", port, flags)
             server.turn("wide \u91cf\u5b50 \U0001f5a5\ufe0f \U0001f600 " + FORGED, session_id=new_id())
+            server.turn("\u91cf" * 40)      # more columns than characters
             provoke(server)
             server.chat(LONG, session_id="s").read_until("chunk")
             assert server.stop("s")
             terminal.wait("Status: STOPPED")
             text = terminal.text
-        assert ("\x1b[" in text) is not more
+        assert ("\x1b[" in text) == (not more)
         plain = re.sub(r"\x1b\[\d*m", "", text).replace("\r\n", "\n")
         assert not raw_characters(plain)
         boxes = [line for line in plain.splitlines() if line[:1] in tuple("╔║╚┌│└")]
         assert {line[-1] for line in boxes} <= set("╗║╣╝┐│┘") and len(boxes) > 20
         assert {width(line) for line in boxes} == {64}, boxes
-        assert 'Chunk #1: "You said: wide 量子"' in plain and plain.count("HTTP STREAM STARTED") == 2
+        assert 'Chunk #1: "You said: wide 量子"' in plain and plain.count("HTTP STREAM STARTED") == 3
 
 
 # ---- README, "Models": Gemini. The real google-genai package asks a stand-in of its streaming HTTP API.
@@ -3121,12 +2985,12 @@ GEMINI_USAGE = {"promptTokenCount": 7, "candidatesTokenCount": 5, "totalTokenCou
 USAGE_WITH_THOUGHTS = GEMINI_USAGE | {"thoughtsTokenCount": 3, "totalTokenCount": 15}
 
 
-def says(*parts, finish=None, usage=GEMINI_USAGE, **more):
-    """A GenerateContentResponse. A part is a text, or a whole part."""
+def says(*parts, finish=None, usage=GEMINI_USAGE):
+    """A GenerateContentResponse, with a field that nobody knows. A part is a text, or a whole part."""
     parts = [{"text": part} if isinstance(part, str) else part for part in parts]
     candidate = {"index": 0} | ({"content": {"role": "model", "parts": parts}} if parts else {})
     candidate |= {"finishReason": finish} if finish else {}
-    return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": "gemini-test", **more}
+    return {"candidates": [candidate], "usageMetadata": usage, "mood": {"sun": 1}}
 
 
 def last(text, finish="STOP"):
@@ -3142,65 +3006,54 @@ BAD_KEY = failure(400, "INVALID_ARGUMENT", "Key <key> not valid (?key=<key>).", 
 QUOTA = failure(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota.\n* Quota exceeded for metric: x")
 BUSY = failure(503, "UNAVAILABLE", "The model is overloaded. Please try again later.")
 BROKEN = failure(500, "INTERNAL", "An internal error has occurred.")
-ANSWERS = None
-GEMINI_REFUSALS = [     # name; what each try gets, the last one also those after it; end, tries, what it names
-    ("bad key", [BAD_KEY], "model_auth", 1, "GEMINI_API_KEY"),
-    ("bad request", [failure(400, "INVALID_ARGUMENT", "A bad \u00e9.")], "model_error", 1, "A bad \u00e9."),
-    ("forbidden", [failure(403, "PERMISSION_DENIED", f"<key>, {STRANGERS_KEY} leaked.")], "model_auth", 1, "403"),
-    ("no such model", [failure(404, "NOT_FOUND", "It is not found.")], "model_not_found", 1, "GENAI_MODEL_ID"),
-    ("bad gateway", [b"<html><title>502 Bad Gateway</title>" + b"<p>Wait.</p>" * 500], "model_error", 1, "502"),
-    ("busy and broken once", [BUSY, BROKEN, ANSWERS], "stop", 3, ""),
-    ("quota", [QUOTA], "model_overloaded", 3, "quota"),
-    ("busy", [BUSY], "model_overloaded", 3, "overloaded"),
-    ("broken", [BROKEN], "model_error", 3, "500"),
-]
-HOLD, CUT, RESET = object(), object(), object()         # wait until the test lets go; close, or reset, the connection
+HOLD, CUT = object(), object()      # wait until the test lets go; close the connection
 THOUGHT = {"text": "Hm.", "thought": True}
 SIGNED = {"text": ".", "thoughtSignature": "c2lnbmVk"}
 HALF_A_LINE = b'data: {"candidates": [{"content": {"parts": [{"te'
-HALF_A_CHARACTER = b'data: {"candidates": [{"content": {"parts": [{"text": "\\ud83d two."}]}, "finishReason": "STOP"}]}'
-GEMINI_STREAMS = [      # name; texts, responses, bytes and seconds to wait, in order; end, text, what a failure names
+HALF_A_CHARACTER = (b'data: {"candidates": [{"content": {"parts": [{"text": "\\ud83d two."}]}, '
+                    b'"finishReason": "STOP"}]}')
+GEMINI_ENDS = [         # name; what each try gets; finish_reason or code, text, what a failure names
+    # A refusal, or the list of what a stream has: texts, responses and bytes. The last one stays.
+    ("bad key", [BAD_KEY], "model_auth", "", "GEMINI_API_KEY"),
+    ("bad request", [failure(400, "INVALID_ARGUMENT", "A bad \u00e9.")], "model_error", "", "A bad \u00e9"),
+    ("forbidden", [failure(403, "PERMISSION_DENIED", f"<key>, {STRANGERS_KEY}.")], "model_auth", "", "403"),
+    ("no such model", [failure(404, "NOT_FOUND", "Not found.")], "model_not_found", "", "GENAI_MODEL_ID"),
+    ("bad gateway", [b"<title>502 Bad Gateway</title>" + b"<p>Wait.</p>" * 500], "model_error", "", "502"),
+    ("busy and broken once", [BUSY, BROKEN, [last("One.")]], "stop", "One.", ""),
+    ("quota", 3 * [QUOTA], "model_overloaded", "", "quota"),
+    ("busy", 3 * [BUSY], "model_overloaded", "", "overloaded"),
+    ("broken", 3 * [BROKEN], "model_error", "", "500"),
     # Once it streams, nothing is tried again.
-    ("error first", [BUSY], "model_overloaded", "", "overloaded"),
-    ("error as bare lines", ["Half an ", json.dumps(BROKEN, indent=2).encode()], "model_error", "Half an ", "500"),
-    ("error after a reason", [last("Half an "), BROKEN], "model_error", "Half an ", "500"),
+    ("error first", [[BUSY]], "model_overloaded", "", "overloaded"),
+    ("error as bare lines", [["Half an ", json.dumps(BROKEN, indent=2).encode()]],
+     "model_error", "Half an ", "500"),
     # It is cut.
-    ("cut before text", [CUT], "model_cut", "", ""),
-    ("cut in the middle", ["Half an ", CUT], "model_cut", "Half an ", ""),
-    ("end in a line", ["Half an ", HALF_A_LINE], "model_cut", "Half an ", ""),
-    ("reset in the middle", ["Half an ", RESET], "model_cut", "Half an ", ""),
-    ("no JSON", ["Half an ", b"data: <html>\n\n"], "model_cut", "Half an ", ""),
-    ("no finish reason", ["Half an ", "answer"], "model_cut", "Half an answer", ""),
+    ("cut before text", [[CUT]], "model_cut", "", ""),
+    ("cut in the middle", [["Half an ", CUT]], "model_cut", "Half an ", ""),
+    ("end in a line", [["Half an ", HALF_A_LINE]], "model_cut", "Half an ", ""),
+    ("no finish reason", [["Half an ", "answer"]], "model_cut", "Half an answer", ""),
     # It is blocked.
-    ("blocked prompt", [{"promptFeedback": {"blockReason": "JAILBREAK"}}], "model_blocked", "", "JAILBREAK"),
-    ("blocked answer", [says(finish="SAFETY")], "model_blocked", "", "SAFETY"),
-    ("blocked after text", ["Once upon ", says(finish="RECITATION")], "content_filter", "Once upon ", ""),
+    ("blocked prompt", [[{"promptFeedback": {"blockReason": "SAFETY"}}]], "model_blocked", "", "SAFETY"),
+    ("blocked answer", [[says(finish="SAFETY")]], "model_blocked", "", "SAFETY"),
+    *((f"blocked by {word}", [["Once upon ", says(finish=word)]], "content_filter", "Once upon ", "")
+      for word in ("RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII")),
     # It has no text.
-    ("no text", [last("")], "model_error", "", "STOP"),
-    ("too long thought", [says(THOUGHT), says(finish="MAX_TOKENS")], "model_error", "", "MAX_TOKENS"),
-    *((f"only {word}", [says(finish=word)], "model_error", "", word) for word in (
-        "OTHER", "MALFORMED_FUNCTION_CALL", "LANGUAGE", "MOON_PHASE")),
-    # It has a finish reason.
-    ("unheard of", ["Text", says(finish="MOON_PHASE")], "other", "Text", ""),
-    ("last reason counts", [last("One "), last("two.", "MAX_TOKENS")], "length", "One two.", ""),
-    # It has text of all kinds.
-    ("slow", ["One ", 0.4, last("two.")], "stop", "One two.", ""),
-    ("thoughts", [says(THOUGHT), says(THOUGHT, "Answer", SIGNED, finish="STOP")], "stop", "Answer.", ""),
-    ("empty texts", ["", says({}), "One.", "", last("")], "stop", "One.", ""),
-    ("unknown fields", [says({"text": "One.", "mood": 1}, finish="STOP", weather={"sun": 1})], "stop", "One.", ""),
-    ("usage last", [last("One."), {"usageMetadata": USAGE_WITH_THOUGHTS}], "stop", "One.", ""),
-    ("usage first", ["One.", says(finish="STOP", usage=None)], "stop", "One.", ""),
-    ("line separators", ["a\u2028b\u2029c\u0085d", last("\x0be\x1cf")], "stop", "a\u2028b\u2029c\u0085d\x0be\x1cf", ""),
-    ("half a character, and no last newline", ["One ", HALF_A_CHARACTER], "stop", "One \ufffd two.", ""),
-    ("white space", [" \n", "\t a  b\n\n", last("\U0001f600\u0301 ")], "stop", " \n\t a  b\n\n\U0001f600\u0301 ", ""),
+    *((f"only {word}", [[says(THOUGHT), says(finish=word)]], "model_error", "", word)
+      for word in ("STOP", "MAX_TOKENS", "MALFORMED_FUNCTION_CALL", "MOON_PHASE")),
+    # It has text.
+    ("unheard of", [["Text", says(finish="MOON_PHASE")]], "other", "Text", ""),
+    ("last reason counts", [[last("One "), last("two.", "MAX_TOKENS")]], "length", "One two.", ""),
+    ("thoughts", [[says(THOUGHT), says(THOUGHT, "Answer", SIGNED, finish="STOP")]], "stop", "Answer.", ""),
+    ("empty texts", [["", says({}), "One.", "", last("")]], "stop", "One.", ""),
+    ("usage last", [[last("One."), {"usageMetadata": USAGE_WITH_THOUGHTS}]], "stop", "One.", ""),
+    ("usage first", [["One.", says(finish="STOP", usage=None)]], "stop", "One.", ""),
+    ("half a character, and no last newline", [["One ", HALF_A_CHARACTER]], "stop", "One \ufffd two.", ""),
+    ("white space", [[" \n", "\ta\u2028b\u2029c\u0085  d\n\n", last("\x0be\x1c\U0001f600\u0301 ")]], "stop",
+     " \n\ta\u2028b\u2029c\u0085  d\n\n\x0be\x1c\U0001f600\u0301 ", ""),
 ]
-MODEL_ENDS = [          # name, finish_reason or code, text, requests to Gemini, what a failure's message names
-    *((name, end, f"Message 1: case: {name}" if end == "stop" else "", tries, names)
-      for name, _, end, tries, names in GEMINI_REFUSALS),
-    *((name, end, text, 1, names) for name, _, end, text, names in GEMINI_STREAMS)]
-TRIES = {f"case: {name}": tries for name, tries, *_ in GEMINI_REFUSALS}
-STREAMS = {f"case: {name}": items for name, items, *_ in GEMINI_STREAMS} | {
-    "hold before text": [HOLD, last("Late.")], "hold after text": ["First ", HOLD, last("second.")]}
+MODEL_ENDS = [(name, end, text, len(tries), names) for name, tries, end, text, names in GEMINI_ENDS]
+TRIES = {f"case: {name}": tries for name, tries, *_ in GEMINI_ENDS} | {
+    "hold before text": [[HOLD, last("Late.")]], "hold after text": [["First ", HOLD, last("second.")]]}
 
 
 class StandIn(ThreadingHTTPServer):
@@ -3246,41 +3099,40 @@ class StandInHandler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def encode(self, item):
-        return json.dumps(item, ensure_ascii=False).replace("<key>", self.headers.get("x-goog-api-key", "")).encode()
+        text = json.dumps(item, ensure_ascii=False)
+        return text.replace("<key>", self.headers.get("x-goog-api-key", "")).encode()
 
     def answer_as_gemini(self, body):
-        """The last message chooses the answer: a name of TRIES or STREAMS, or it is echoed in several responses."""
-        texts = [(content["role"], "".join(part["text"] for part in content["parts"])) for content in body["contents"]]
+        """The last message chooses the answer: a name of TRIES, or it is echoed in several responses."""
+        texts = [(content["role"], "".join(part["text"] for part in content["parts"]))
+                 for content in body["contents"]]
         key, text = self.headers["x-goog-api-key"], texts[-1][1]
-        tries, before = TRIES.get(text, [ANSWERS]), len(self.server.asked(text))
+        before = len(self.server.asked(text))
         self.server.requests.append(types.SimpleNamespace(
             path=self.path, key=key, texts=texts, time=time.monotonic()))
-        refusal = tries[min(before, len(tries) - 1)]
-        if refusal is ANSWERS:
+        tries = TRIES.get(text) or [echo(texts)]
+        answer = tries[min(before, len(tries) - 1)]
+        if isinstance(answer, list):
             self.begin(200, "Content-Type: text/event-stream", "Transfer-Encoding: chunked")
-            self.stream(STREAMS[text] if text in STREAMS else echo(texts))
+            self.stream(answer)
         else:
-            body = refusal if isinstance(refusal, bytes) else self.encode(refusal)
-            self.begin(502 if body is refusal else refusal["error"]["code"], f"Content-Length: {len(body)}")
+            body = answer if isinstance(answer, bytes) else self.encode(answer)
+            self.begin(502 if body is answer else answer["error"]["code"], f"Content-Length: {len(body)}")
             self.wfile.write(body)
 
     def stream(self, items):
         for item in items:
             if item is HOLD:
                 self.server.let_go.wait(30)
-            elif isinstance(item, float):
-                time.sleep(item)
-            elif item in (CUT, RESET):
-                if item is RESET:       # linger 0: the kernel answers with RST
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif item is CUT:
                 self.close_connection = True
-                return os.close(self.connection.detach())       # without a FIN before a reset
+                return
             else:
                 self.say(item)
         self.wfile.write(b"0\r\n\r\n")
 
     def answer_as_openai(self, body):
-        """The roles and the last message, word by word. "cut" cuts that before its end, "endless" has no end."""
+        """The roles and the last message, word by word. "cut" is cut before its end, "endless" has no end."""
         roles, text = [message["role"] for message in body["messages"]], body["messages"][-1]["content"]
         known = body["stream"] and self.path == "/v1/chat/completions"
         self.begin(200 if known else 404, "Content-Type: text/event-stream", "Transfer-Encoding: chunked")
@@ -3294,180 +3146,128 @@ class StandInHandler(BaseHTTPRequestHandler):
 
 def echo(texts):
     """"Message N: TEXT" in pieces of eight characters, which split words as tokens do."""
-    text, given = f"Message {len(texts)}: {texts[-1][1]}", sum(len(words.split()) for _, words in texts)
+    text = f"Message {len(texts)}: {texts[-1][1]}"
     pieces = [text[start:start + 8] for start in range(0, len(text), 8)]
-    for number, piece in enumerate(pieces, 1):
-        usage = {"promptTokenCount": given, "candidatesTokenCount": number, "totalTokenCount": given + number}
-        yield says(piece, finish="STOP" if number == len(pieces) else None, usage=usage)
-
-
-def needs_google_genai():
-    if not importlib.util.find_spec("google") or not importlib.util.find_spec("google.genai"):
-        assert os.environ.get("CI") != "true", "CI must have google-genai"
-        pytest.skip("needs google-genai")
+    return [*map(says, pieces[:-1]), last(pieces[-1])]
 
 
 def gemini_stand_in():
-    needs_google_genai()
+    if not importlib.util.find_spec("google") or not importlib.util.find_spec("google.genai"):
+        assert os.environ.get("CI") != "true", "CI must have google-genai"
+        pytest.skip("needs google-genai")
     return StandIn()
 
 
-def gemini_server(stand_in, *flags, serve=running, **more):
-    """A server of our own whose Gemini is the stand-in."""
-    urls = {"GOOGLE_GEMINI_BASE_URL": stand_in.url, "GOOGLE_VERTEX_BASE_URL": stand_in.url}
-    return serve("--chunk-delay", "0", "--debug", *flags, **urls, **more)
+stand_in = cache(gemini_stand_in)       # the one that these tests share
 
 
-@pytest.fixture(scope="session")
-def stand_in(shared):
-    return shared(gemini_stand_in)
-
-
-@pytest.fixture(scope="session")
-def gemini(shared, stand_in):
-    return shared(gemini_server, stand_in, "--model", "gemini-test", GEMINI_API_KEY=KEY)
-
-
-@pytest.fixture(scope="class")
-def ends(gemini, stand_in):
-    """How each turn of MODEL_ENDS ended, the history then, and its requests. The pauses before retries overlap."""
-    def run(row):
-        session, text = new_id(), f"case: {row[0]}"
-        turn = gemini.chat(text, session_id=session).check()
-        return row[0], (turn, gemini.history(session), stand_in.asked(text))
-    return dict(in_parallel(run, MODEL_ENDS))
-
-
-ON_VERTEX = {"GOOGLE_GENAI_USE_VERTEXAI": "true"}
-VARIABLES = [           # name, variables; path and key of the request
-    ("both keys, and an API version", {"GEMINI_API_KEY": "one", "GOOGLE_API_KEY": " two\n",
-                                       "GOOGLE_GENAI_API_VERSION": "v1alpha"}, "/v1alpha", "two"),
-    ("Vertex", {"GEMINI_API_KEY": "one"} | ON_VERTEX, "/v1beta1/publishers/google", "one"),
-]
-UNREACHABLE = [         # name, variables; the code, and what the message names
-    ("no such port", {"GOOGLE_GEMINI_BASE_URL": "http://127.0.0.1:9"}, "model_cut", "ConnectError"),
-    ("a SOCKS proxy without its package", {"ALL_PROXY": "socks5://127.0.0.1:9"}, "model_error", "ALL_PROXY"),
-    ("a missing certificate", {"SSL_CERT_FILE": "/nonexistent"}, "model_error", "SSL_CERT_FILE"),
-    ("no login", {"GOOGLE_APPLICATION_CREDENTIALS": "/nonexistent"} | ON_VERTEX, "model_auth", "/nonexistent"),
-]
+def gemini_server(start, *flags, **variables):
+    """A server whose Gemini is the stand-in. It is started by `own` or `serve`."""
+    urls = {"GOOGLE_GEMINI_BASE_URL": stand_in().url, "GOOGLE_VERTEX_BASE_URL": stand_in().url}
+    return start("--chunk-delay", "0", "--debug", *flags, **urls, **(variables or {"GEMINI_API_KEY": KEY}))
 
 
 @ours
 class TestModels:
     """What Gemini does becomes the events of a turn. A failed turn leaves the history as it was."""
 
-    @cases(MODEL_ENDS)
-    def test_each_end_of_the_model_has_its_code(self, ends, case):
-        name, end, text, requests, names = case
-        turn, history, asked = ends[name]
-        assert (turn.text, len(asked)) == (text, requests)
-        if turn.end["type"] == "error":
-            assert (turn.end["code"], history) == (end, []) and names in turn.end["message"]
-        else:
-            assert (turn.end["finish_reason"], history) == (end, [("user", f"case: {name}"), ("model", text)])
+    @beside
+    def test_each_end_of_the_model_has_its_code_and_no_key_gets_out(self, own):
+        server = gemini_server(own)
 
-    def test_after_all_these_ends_no_key_got_out_and_the_totals_balance(self, gemini, ends):
-        paths = ("/", "/health", "/stats", "/debug", "/sessions", "/openapi.json")
-        turns = [turn for turn, *_ in ends.values()]
-        told = f"{turns} {gemini.log()}" + "".join(str(gemini.get(path)) for path in paths)
+        def run(row):
+            session = new_id()
+            return server.chat(f"case: {row[0]}", session_id=session).check(), server.history(session)
+        turns, usages = in_parallel(run, MODEL_ENDS), {}        # the pauses before retries overlap
+        for (name, end, text, tries, names), (turn, history) in zip(MODEL_ENDS, turns, strict=True):
+            times = [request.time for request in stand_in().asked(f"case: {name}")]
+            assert (turn.text, len(times)) == (text, tries), name
+            assert all(0.3 < later - earlier < 5 for earlier, later in itertools.pairwise(times)), name
+            if turn.end["type"] == "error":
+                assert (turn.end["code"], history) == (end, []) and names in turn.end["message"], name
+            else:
+                kept = [("user", f"case: {name}"), ("model", text)]
+                assert (turn.end["finish_reason"], history) == (end, kept), name
+                usages[name] = tuple(turn.end["usage"].values())
+        assert usages["usage last"] == (7, 8, 15), "thoughts are output"
+        assert usages["usage first"] == (7, 5, 12)
+        paths = "/", "/health", "/stats", "/debug", "/sessions", "/openapi.json"
+        told = f"{turns} {server.log()}" + "".join(str(server.get(path)) for path in paths)
         assert not any(part in told for part in (KEY[:10], KEY[-10:], STRANGERS_KEY))
-        printed_by_the_package = ("Warning", "warnings.warn", "is not a valid", "google/genai", "Both")
-        assert not any(text in gemini.log() for text in printed_by_the_package)
-        health = gemini.get("/health")
-        assert health["failed_requests"] >= [turn.end["type"] for turn in turns].count("error")
-        assert health["total_requests"] == health["successful_requests"] + health["failed_requests"]
+        printed_by_the_package = "Warning", "warnings.warn", "is not a valid", "google/genai"
+        assert not any(text in server.log() for text in printed_by_the_package)
 
-    def test_retries_come_soon_but_not_at_once(self, ends):
-        for earlier, later in itertools.pairwise(ends["quota"][2]):
-            assert 0.3 < later.time - earlier.time < 5
-
-    def test_complete_tells_the_usage(self, gemini, ends):
-        turns = gemini.turn("hello"), ends["usage last"][0], ends["usage first"][0]
-        usages = [tuple(turn.end["usage"].values()) for turn in turns]
-        assert usages == [(1, 2, 3), (7, 8, 15), (7, 5, 12)]        # thoughts are output
-
-    def test_the_first_piece_arrives_while_the_model_still_writes_in_many_turns_at_once(self, gemini, stand_in):
-        stand_in.let_go.clear()
-        streams = [gemini.chat("hold after text") for _ in range(110)]      # the package's own limit is 100
+    @beside
+    def test_the_first_piece_arrives_while_the_model_still_writes_in_many_turns_at_once(self, own):
+        server = gemini_server(own)
+        stand_in().let_go.clear()
+        streams = [server.chat("hold after text") for _ in range(110)]      # the package's own limit is 100
         assert {stream.read_until("chunk")["text"] for stream in streams} == {"First "}
-        assert len(gemini.stats()["streams"]) == len(streams)
-        stand_in.let_go.set()
+        assert len(server.stats()["streams"]) == len(streams)
+        stand_in().let_go.set()
         turns = [stream.check() for stream in streams]
         assert {(turn.text, turn.end["finish_reason"]) for turn in turns} == {("First second.", "stop")}
 
-    def test_every_turn_sends_the_history_without_failed_turns_to_the_model_of_the_session(self, gemini, stand_in):
-        session = new_id()
-        gemini.request("POST", "/sessions/new", {"session_id": session, "model_id": "gemini-other"})
+    @beside
+    def test_the_model_of_the_session_gets_its_history_without_failed_turns(self, own):
+        server, session = gemini_server(own), new_id()
+        server.request("POST", "/sessions/new", {"session_id": session, "model_id": "gemini-other"})
         one, two, three = f"one {session}", f"two {session} \n", f"three {session}"
-        for message in (one, two, "case: cut in the middle", "case: bad request", three):
-            turn = gemini.chat(message, session_id=session).check()
-        [sent] = stand_in.asked(three)
-        assert turn.info["model"] == "gemini-other" and sent.key == KEY
-        assert sent.path == "/v1/models/gemini-other:streamGenerateContent?alt=sse"
+        for message in (one, two, "case: cut in the middle"):
+            server.chat(message, session_id=session).check()
+        ids = {"session_id": session, "turn_id": "t"}
+        failed, again = (server.chat("case: bad request", **ids).check() for _ in range(2))
+        assert failed.info != again.info, "a failed turn runs again"
+        assert server.turn(three, **ids).info["model"] == "gemini-other"
+        [sent] = stand_in().asked(three)
+        assert sent.path == "/v1/models/gemini-other:streamGenerateContent?alt=sse" and sent.key == KEY
         assert sent.texts == [("user", one), ("model", f"Message 1: {one}"), ("user", two),
                               ("model", f"Message 3: {two}"), ("user", three)]
 
-    def test_a_failed_turn_is_run_again_by_its_retry(self, gemini):
-        ids = {"session_id": (session := new_id()), "turn_id": "t"}
-        failed = gemini.chat("case: bad request", **ids).check()
-        assert gemini.chat("case: bad request", **ids).check().info != failed.info
-        turn = gemini.turn("another message", **ids)
-        assert turn.end["message_count"] == len(gemini.history(session)) == 2
+    @beside
+    def test_a_stop_ends_the_turn_and_the_request_to_the_model_at_once(self, serve):
+        server = gemini_server(serve, "--max-connections", "20", "--log", "off")
+        stand_in().let_go.clear()
 
-    def test_a_stop_ends_the_turn_and_the_request_to_the_model_at_once(self, serve, stand_in):
-        flags = ("--model", "gemini-test", "--max-connections", "20", "--log", "off")
-        server = gemini_server(stand_in, *flags, serve=serve, GEMINI_API_KEY=KEY)
-        stand_in.let_go.clear()
-
-        def stop_two():
-            sessions = []
-            for case, event in [("hold before text", "status"), ("hold after text", "chunk")]:
-                stream = server.chat(case, session_id=(session := new_id()))
-                stream.read_until(event)
-                asked = time.monotonic()
-                assert server.stop(session) and stream.check().end["finish_reason"] == "cancelled"
-                assert time.monotonic() - asked < 5
-                sessions.append(session)
-            return sessions
+        def stop(message, event):
+            stream = server.chat(message, session_id=(session := new_id()))
+            stream.read_until(event)
+            assert server.stop(session) and stream.check().end["finish_reason"] == "cancelled"
+            return session
 
         def held():
             """How many threads and files the server has."""
             folders = [Path(f"/proc/{server.process.pid}", name) for name in ("task", "fd")]
             return Counter({folder: len(list(folder.iterdir())) for folder in folders if folder.exists()})
-        silent, begun = stop_two()
+        silent, begun = stop("hold before text", "status"), stop("hold after text", "chunk")
         at_first = held()
         for _ in range(30):         # three times as many turns as may run
-            stop_two()
+            stop("hold before text", "status")
+            stop("hold after text", "chunk")
         assert wait_until(lambda: held() <= at_first, 5), (held(), at_first)
-        stand_in.let_go.set()
+        stand_in().let_go.set()
         assert server.turn("hello", session_id=silent).end["message_count"] == 2    # nothing came late
         assert server.history(begun) == [("user", "hold after text"), ("model", "First ")]
 
-    @cases(VARIABLES)
     @beside
-    def test_the_variables_of_google_genai_count(self, own, case):
-        _, variables, path, key = case
-        with gemini_stand_in() as stand_in:
-            urls = {"GOOGLE_GEMINI_BASE_URL": stand_in.url, "GOOGLE_VERTEX_BASE_URL": stand_in.url}
-            server = own(*COMMANDED)
-            server.turn(f"gemini: {json.dumps(urls | variables)}")
-            [sent] = stand_in.requests
-        assert (sent.path, sent.key) == (f"{path}/models/gemini-test:streamGenerateContent?alt=sse", key)
-        assert "Both" not in server.log()
+    def test_a_key_chooses_gemini_and_the_variables_of_google_genai_count(self, serve):
+        server = gemini_server(serve, GEMINI_API_KEY="one", GOOGLE_API_KEY=" two\n",
+                               GOOGLE_GENAI_API_VERSION="v1alpha")
+        server.turn("by variables")
+        [sent] = stand_in().asked("by variables")
+        assert sent.path == "/v1alpha/models/gemini-3.8-flash:streamGenerateContent?alt=sse"
+        assert sent.key == "two" and "Both" not in server.log()
 
-    @cases(UNREACHABLE)
     @beside
-    def test_a_service_that_cannot_be_reached_says_why(self, own, case):
-        _, variables, code, names = case
-        needs_google_genai()
-        key = {} if code == "model_auth" else {"GEMINI_API_KEY": KEY}
-        end = own(*COMMANDED).chat(f"gemini: {json.dumps(key | variables)}").check().end
-        assert end["code"] == code and names in end["message"]
-        assert ("Google Cloud" in end["message"]) == (code == "model_auth")
-
-    @pytest.mark.parametrize("variables", [{"GEMINI_API_KEY": KEY}, ON_VERTEX], ids=["a key", "Vertex"])
-    def test_a_key_chooses_gemini(self, own, stand_in, variables):
-        assert own(**variables).get("/health")["model"] == "gemini-3.8-flash"
+    def test_a_proxy_or_a_login_that_cannot_work_is_told(self, serve):
+        gemini_stand_in().server_close()        # so that the test is skipped without the package
+        proxied = serve("--chunk-delay", "0", GEMINI_API_KEY=KEY, ALL_PROXY="socks5://127.0.0.1:9")
+        on_vertex = serve("--chunk-delay", "0", GOOGLE_GENAI_USE_VERTEXAI="true",
+                          GOOGLE_APPLICATION_CREDENTIALS="/nonexistent")
+        for server, code, said in [(proxied, "model_error", "set here: ALL_PROXY"),
+                                   (on_vertex, "model_auth", "Google Cloud credentials do not work: File /")]:
+            end = server.chat("Hi").check().end
+            assert end["code"] == code and said in end["message"]
 
 
 # ---- README, "Models": functions of your own. --model test_protocol:on_command does what the message says.
@@ -3475,7 +3275,7 @@ class TestModels:
 class Waiting:
     """Waits for a minute after its first piece, or until it is closed. A file tells which."""
 
-    def __init__(self, file, piece="First. "):
+    def __init__(self, file, piece):
         self.file, self.piece, self.closed = Path(file), piece, threading.Event()
         self.file.write_text("runs")
 
@@ -3490,89 +3290,66 @@ class Waiting:
         raise ValueError("This is logged nowhere.")
 
 
-def deaf(file):
-    """Cannot be closed before there is a file."""
-    yield "What? "
-    while not Path(file).exists():
-        time.sleep(0.05)
-
-
-def slow():
-    for _ in range(8):
-        time.sleep(0.4)
-        yield "word "
-
-
-def failing(kind, text):
-    yield "Half an "
-    raise kind(text)
-
-
-def silent_or_echo(history):
-    if history[-1].text == "silent":
-        time.sleep(60)
-    yield history[-1].text
-
-
-def gemini_anew(variables, history):
-    """Gemini, asked by a new client, in an environment of these variables alone."""
-    os.environ.clear()
-    os.environ.update(json.loads(variables))
-    server = sys.modules["streamchat_server"]
-    server.gemini_client.cache_clear()
-    return server.call_model("gemini-test", history)
-
-
-COMMANDS = {            # command: its answer, by the argument and the history
-    "history": lambda _, history: (f"{message.role}: {message.text}. " for message in history),
-    "gemini": gemini_anew,
-    "waits": lambda file, _: Waiting(file),
-    "waits with a number": lambda file, _: Waiting(file, 5),
-    "deaf": lambda file, _: deaf(file),
-    "slow": lambda *_: slow(),
-    "endless": lambda *_: itertools.repeat("word "),
-    "no text": lambda *_: ["", ""],
-    "fails": lambda text, _: failing(ValueError, text),
-    "leaves": lambda text, _: failing(SystemExit, text),
-}
-
-
 def on_command(history):
-    """A model that does what the message says: a command, and an argument after a colon. It echoes anything else."""
+    """A model that does what the message says: a command, and an argument after a colon."""
     command, _, argument = history[-1].text.partition(": ")
-    return COMMANDS[command](argument, history) if command in COMMANDS else silent_or_echo(history)
+    if command.startswith("waits"):
+        return Waiting(argument, 5 if command == "waits with a number" else "First. ")
+    return obey(command, argument, history)
+
+
+def obey(command, argument, history):
+    match command:
+        case "history":
+            for message in history:
+                yield f"{message.role}: {message.text}. "
+        case "deaf":        # it cannot be closed before there is a file
+            yield "What? "
+            while not Path(argument).exists():
+                time.sleep(0.05)
+        case "silent":
+            time.sleep(60)
+        case "slow":
+            for _ in range(8):
+                time.sleep(0.4)
+                yield "word "
+        case "no text":
+            yield from ("", "")
+        case "fails" | "leaves":
+            yield "Half an "
+            raise {"fails": ValueError, "leaves": SystemExit}[command](argument)
+        case _:
+            yield history[-1].text
 
 
 ON_COMMAND = ("--model", "test_protocol:on_command")
 COMMANDED, BRIEF = (*ON_COMMAND, "--chunk-delay", "0", "--log", "off"), (*ON_COMMAND, "--log", "brief")
 # What the server does without is there for a function.
-NEEDS_MORE = "\nimport http.client, streamchat_server\nhttp.client.HTTPSConnection, urllib.request.HTTPSHandler\n"
-
-
-@pytest.fixture
-def commanded(own):
-    return own(*COMMANDED)
+NEEDS_MORE = "\nimport http.client\nhttp.client.HTTPSConnection, urllib.request.HTTPSHandler\n"
 
 
 @ours
 class TestModelsOfYourOwn:
     """--model MODULE:FUNCTION. Whatever the function does, other turns go on."""
 
-    def test_it_gets_the_history_and_its_return_is_stop_if_there_is_text(self, commanded):
-        session = new_id()
-        assert commanded.turn("history", session_id=session).text == "user: history. "
-        turn = commanded.turn("history", session_id=session)
+    @beside
+    def test_it_gets_the_history_and_its_return_is_stop_if_there_is_text(self, own):
+        server, session = own(*COMMANDED), new_id()
+        assert server.turn("history", session_id=session).text == "user: history. "
+        turn = server.turn("history", session_id=session)
         assert turn.text == "user: history. model: user: history. . user: history. "
         assert turn.end["finish_reason"] == "stop"
-        assert turn.info["model"] == commanded.get("/")["model"] == "test_protocol:on_command"
+        assert turn.info["model"] == server.get("/")["model"] == "test_protocol:on_command"
         for _ in range(12):
-            commanded.turn("Hi", session_id=session)
-        assert commanded.turn("history", session_id=session).text.count("user: Hi. ") == 12
-        end = commanded.chat("no text").check().end
+            server.turn("Hi", session_id=session)
+        assert server.turn("history", session_id=session).text.count("user: Hi. ") == 12
+        end = server.chat("no text").check().end
         assert end["code"] == "model_error" and "(stop)" in end["message"]
+        response = server.request("POST", "/sessions/new", {"model_id": "test_protocol:on_command"})
+        check_problem(response, 400, "invalid_field")
 
     @beside
-    def test_the_readmes_function_is_found_in_the_current_folder_and_streams_from_a_local_server(self, serve, tmp_path):
+    def test_the_readmes_function_is_found_here_and_asks_a_local_server(self, serve, tmp_path):
         with StandIn() as local:
             text = replaced(block("python", "# local.py"), ("http://127.0.0.1:11434", local.url))
             (tmp_path / "local.py").write_text(text + NEEDS_MORE, "utf-8")
@@ -3588,37 +3365,29 @@ class TestModelsOfYourOwn:
             assert wait_until(lambda: "ConnectionError" in server.log())
             server.excuse_log()
 
-    @pytest.mark.parametrize("command, told", [("fails", "ValueError"), ("leaves", "SystemExit")])
-    @pytest.mark.parametrize("flags", [COMMANDED, BRIEF], ids=["off", "brief"])
-    def test_what_goes_wrong_in_it_is_a_model_error_and_only_the_log_has_details(self, own, command, told, flags):
+    @pytest.mark.parametrize("command, flags, told", [
+        ("fails", COMMANDED, "ValueError: SECRET"), ("leaves", BRIEF, "trouble error=SystemExit"),
+    ], ids=["off", "brief"])
+    @beside
+    def test_what_goes_wrong_in_it_is_told_by_the_log_alone(self, own, command, flags, told):
         server, session = own(*flags), new_id()
         turn = server.chat(f"{command}: SECRET", session_id=session).check()
         assert (turn.text, turn.end["code"], server.history(session)) == ("Half an ", "model_error", [])
         assert "SECRET" not in turn.end["message"]
-        told = f"trouble error={told}" if flags is BRIEF else f"{told}: SECRET"
         assert wait_until(lambda: told in server.log())
-        assert flags is COMMANDED or "SECRET" not in server.log()
+        assert ("SECRET" in server.log()) == ("SECRET" in told)
         server.excuse_log()
-
-    def test_one_that_yields_no_strings_is_closed(self, own, tmp_path):
-        turn = own(*BRIEF).chat(f"waits with a number: {tmp_path / 'state'}").check()
-        assert turn.end["code"] == "model_error"
-        assert wait_until(lambda: (tmp_path / "state").read_text() == "closed")
-
-    def test_what_cannot_be_imported_is_refused_in_one_line(self):
-        names = "nothing:model", "json:nothing", "json:__doc__", ":", "json:"
-        for said in refused(*(["--port", "0", "--model", name] for name in names)):
-            assert "--model offline" in said and "\n" not in said
-
-    def test_a_request_cannot_name_one(self, commanded):
-        response = commanded.request("POST", "/sessions/new", {"model_id": "test_protocol:on_command"})
-        check_problem(response, 400, "invalid_field")
 
     @beside
     def test_whatever_ends_a_turn_closes_it(self, serve, tmp_path):
         flags = (*ON_COMMAND, "--resume-window", "0.2", "--heartbeat", "0.2")
         server = serve(*flags, changes="server.LIMITS['grace'] = 0.2")
-        ends = {"stop": lambda: server.stop("stop"), "clear": lambda: server.request("POST", "/sessions/clear/clear"),
+        no_text = tmp_path / "no text"
+        assert server.chat(f"waits with a number: {no_text}").check().end["code"] == "model_error"
+        assert wait_until(lambda: no_text.read_text() == "closed")
+        server.excuse_log()
+        ends = {"stop": lambda: server.stop("stop"),
+                "clear": lambda: server.request("POST", "/sessions/clear/clear"),
                 "delete": lambda: server.request("DELETE", "/sessions/delete"),
                 "deserted": lambda: streams["deserted"].abort(), "shutdown": server.process.terminate}
         files = {name: tmp_path / name for name in ends}
@@ -3992,31 +3761,23 @@ class TestReloading:
 def in_nginx(conf, *changes):
     """A real nginx with the README's configuration, in which `listen` and these changes are replaced."""
     program = needs("nginx", "/usr/sbin", "/usr/local/sbin")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = taken.getsockname()
-    text = replaced(conf, ("listen 80;", "listen {}:{};".format(*address)), *changes)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        text = replaced(conf, ("listen 80;", "listen {}:{};".format(*address)), *changes)
         user = "user root;" if hasattr(os, "geteuid") and os.geteuid() == 0 else ""
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         paths = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
         file = Path(folder, "conf")
         file.write_text(f"daemon off; pid {folder}/pid; {user} events {{}}\n"
                         f"http {{ access_log off; {paths}\n{text}}}")
-        process = subprocess.Popen([program, "-p", folder, "-e", f"{folder}/log", "-c", file])
+        # It inherits our listener, as at an upgrade of nginx, so nobody else can take the port.
+        process = subprocess.Popen([program, "-p", folder, "-e", f"{folder}/log", "-c", file],
+                                   pass_fds=[listener.fileno()], env=environment(NGINX=f"{listener.fileno()};"))
         try:
-            wait_until(lambda: process.poll() is not None or is_listening(address))
-            assert process.poll() is None, Path(folder, "log").read_text()
             yield address
         finally:
             process.terminate()
-            process.wait(PATIENCE)
-
-
-def is_listening(address):
-    with contextlib.suppress(OSError):
-        socket.create_connection(address).close()
-        return True
-    return False
+            assert process.wait(PATIENCE) == 0, Path(folder, "log").read_text()
 
 
 def nginx(server, *changes):

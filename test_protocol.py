@@ -1020,37 +1020,44 @@ LENDS = {"self", "own", "serve", "browser", "tmp_path", *SERVERS}
 def beside(test):
     """Let a test run in a lane, beside the others. It may ask for what LENDS has, and for parameters.
 
-    pytest judges it in its turn.
+    pytest judges it in its turn, and runs it itself then if no lane has begun it.
     """
     if OUTSIDE:
         return test
 
-    @pytest.mark.usefixtures("level", *inspect.signature(test).parameters.keys() - LENDS)
-    def in_its_turn(self, request, lanes):
-        lanes[request.node].result()
+    @pytest.mark.usefixtures("level", *parameters_of(test) - LENDS)
+    def in_its_turn(self, request, lanes, shared):
+        done = lanes[request.node]
+        if "browser" not in parameters_of(test) and done.cancel():
+            run_beside(request.node, shared)
+        else:
+            done.result()
     BESIDE[in_its_turn] = test
     return in_its_turn
 
 
+def parameters_of(test):
+    return inspect.signature(test).parameters.keys()
+
+
 def run_beside(item, lend):
-    """Run a test as pytest would. The servers and the browser are those of its class."""
-    test = BESIDE[item.function]
-    wanted = inspect.signature(test).parameters
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    servers = []
+    """Run a test as pytest would, with servers and a browser that others may share."""
+    test, servers = BESIDE[item.function], []
 
     def own(*flags, **more):
         servers.append(lend(running, *flags, **more))
         return servers[-1]
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, fresh_servers() as serve,
           contextlib.ExitStack() as stack):
-        given = {**given, "self": item.instance, "serve": serve, "tmp_path": Path(folder), "own": own}
-        for name in SERVERS.keys() & wanted.keys():
+        given = {"self": item.instance, "serve": serve, "tmp_path": Path(folder), "own": own}
+        if hasattr(item, "callspec"):
+            given |= item.callspec.params
+        for name in SERVERS.keys() & parameters_of(test):
             given[name] = own(*SERVERS[name])
-        if "browser" in wanted:
+        if "browser" in parameters_of(test):
             given["browser"] = lend(Browser)
             stack.enter_context(given["browser"].tab())
-        test(**{name: given[name] for name in wanted})
+        test(**{name: given[name] for name in parameters_of(test)})
     for server in servers:
         server.check_log()
 
@@ -1067,15 +1074,18 @@ def run_class(items, futures):
 
 @pytest.fixture(scope="session", autouse=True)
 def lanes(request):
-    """The futures of these tests. Each lane runs one class after the other; there is one browser."""
+    """The futures of these tests. A lane runs one class after the other; all tests of the page are one of them.
+
+    The lanes begin with the page, and then with the last class: so they meet pytest, which begins with the first.
+    """
     items = [item for item in request.session.items if item.function in BESIDE]
     futures = {item: Future() for item in items}
     classes = {}
     for item in items:
-        in_browser = "browser" in inspect.signature(BESIDE[item.function]).parameters
+        in_browser = "browser" in parameters_of(BESIDE[item.function])
         classes.setdefault("browser" if in_browser else item.cls, []).append(item)
     with ThreadPoolExecutor(2) as threads:
-        for name in sorted(classes, key=lambda name: name != "browser"):    # the longest first
+        for name in sorted(reversed(classes), key=lambda name: name != "browser"):
             threads.submit(run_class, classes[name], futures)
         yield futures
         for future in futures.values():     # where the session ends early
@@ -2834,9 +2844,10 @@ for sys.argv[1:] in json.load(sys.stdin):
 
 
 def refused(*command_lines):
-    """What the server says to each of these arguments, none of which it may serve with; all in one process."""
+    """What the server says to each of these arguments, which it must refuse; all in one process."""
     done = subprocess.run([sys.executable, "-c", REFUSE, str(SERVER.parent)], input=json.dumps(command_lines),
-                          env=environment(), timeout=PATIENCE, capture_output=True, encoding="utf-8", check=True)
+                          env=environment(), timeout=PATIENCE, capture_output=True, encoding="utf-8",
+                          check=True)
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert [status for status, _ in told] == [2] * len(command_lines) and "Traceback" not in done.stdout, told
     return [said for _, said in told]
@@ -3771,8 +3782,9 @@ def in_nginx(conf, *changes):
         file.write_text(f"daemon off; pid {folder}/pid; {user} events {{}}\n"
                         f"http {{ access_log off; {paths}\n{text}}}")
         # It inherits our listener, as at an upgrade of nginx, so nobody else can take the port.
+        number = listener.fileno()
         process = subprocess.Popen([program, "-p", folder, "-e", f"{folder}/log", "-c", file],
-                                   pass_fds=[listener.fileno()], env=environment(NGINX=f"{listener.fileno()};"))
+                                   pass_fds=[number], env=environment(NGINX=f"{number};"))
         try:
             yield address
         finally:
@@ -5056,8 +5068,9 @@ class TestThePageRecovers:
         cuts = [0, 9, 100, b'{"type":"status"', b'"chunk_number":2', b'"text":"', b'"is_final":true',
                 b"\n\r\n0\r\n"]
         complete = line_of("complete", finish_reason="stop", total_chunks=1, processing_time=1)
-        trouble = [refusal(503, "Retry-After: 1"), refusal(408), refusal(502, body=b"<html>"), b"", b"HTTP/1.1 20",
-                   stream_of(line_of("chunk", text="not the first", chunk_number=2)), stream_of(complete)]
+        trouble = [refusal(503, "Retry-After: 1"), refusal(408), refusal(502, body=b"<html>"), b"",
+                   b"HTTP/1.1 20", stream_of(complete),
+                   stream_of(line_of("chunk", text="not the first", chunk_number=2))]
         faults = [Fault(stall=b'"chunk_number":3'), Fault(), *cut_once(cuts), *BYTE_BY_BYTE,
                   *(fault for raw in trouble for fault in (Fault(instead=raw), Fault()))]
         server = own(*BRISK)

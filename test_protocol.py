@@ -378,6 +378,8 @@ def check_problem(response, status, code):
     assert (response.status, response.media_type) == (status, "application/problem+json"), response
     problem = response.json
     check_fields(problem, "type:text title:text status:count detail:text code:text")
+    title = {413: "Content Too Large", 414: "URI Too Long"}.get(status, http.HTTPStatus(status).phrase)
+    assert OUTSIDE or problem["title"] == title, problem
     assert (problem["type"], problem["status"], problem["code"]) == ("about:blank", status, code), problem
     assert problem["title"] and problem["detail"].strip(), problem
     return problem
@@ -906,7 +908,10 @@ def visiting():
     """The server that is not ours. Our sessions are deleted at the end."""
     url = urlsplit(OUTSIDE)
     server = Server(url.hostname, url.port or 80)
-    has_list = server.request("GET", "/sessions").status == 200      # not at the level core
+    try:
+        has_list = server.request("GET", "/sessions").status == 200     # not at the level core
+    except (OSError, Cut, AssertionError) as error:     # each test would wait for it again
+        pytest.exit(f"no server of this protocol at {OUTSIDE}: {error}", returncode=1)
     before = server.session_ids() if has_list else set()
     yield server
     for session in server.session_ids() - before if has_list else ():
@@ -1491,7 +1496,7 @@ class TestTurnStates:
     def test_a_turn_without_readers_is_cancelled_after_the_window(self, brisk, silent):
         """A write shows that a reader has left: of a chunk each 0.02 s, or of a ping each 0.3 s."""
         def check(server, window):
-            session = new_id()
+            session, before = new_id(), server.stats()
             server.chat(LONG, session_id=session).read(3).abort()
             left = time.monotonic()
             assert wait_until(lambda: not server.is_running(session), 9), "the turn runs on without readers"
@@ -1499,6 +1504,7 @@ class TestTurnStates:
             turn = server.follow(session).check()
             assert turn.end["finish_reason"] == "cancelled"
             check_history(server, session, LONG, turn)
+            check_balance(before, server.stats(), turns=1, failed=0)
         check(brisk, 0.7)
         check(silent, 0.5)
 
@@ -1781,6 +1787,13 @@ class TestOperations:
                 if path.endswith("/stream"):
                     content = api["paths"][path][method.lower()]["responses"]["200"]["content"]
                     assert content["application/x-ndjson"]["itemSchema"]
+        if not OUTSIDE:
+            schemas = api["components"]["schemas"]
+            assert {kind["$ref"].rpartition("/")[2] for kind in schemas["event"]["oneOf"]} == set(EVENTS)
+            limits = json.dumps(api)
+            for limit in ('"maxLength": 100000', '"maximum": 999999999', '"not": {"const": "new"}',
+                          '"pattern": "^[A-Za-z0-9_-]{1,64}$"'):
+                assert limit in limits, f"OpenAPI allows more than the server: {limit}"
 
     @strict
     @cases(ROUTES)
@@ -1801,10 +1814,16 @@ class TestOperations:
         ]:
             made = fast.request("POST", "/sessions/new", body).json
             check_fields(made, "session_id:id model:text timestamp:time")
-            assert made | expected == made and fast.session(made["session_id"])["message_count"] == 0
+            assert made | expected == made
+            told = fast.session(made["session_id"])
+            assert (told["message_count"], told["model"]) == (0, made["model"])
+            assert told["created_at"] == made["timestamp"], "made at another time"
             check_problem(fast.request("GET", f"/sessions/{made['session_id']}/stream"), 404, "no_turn")
         taken = fast.request("POST", "/sessions/new", {"session_id": session})
         check_problem(taken, 409, "session_exists")
+        body = {"session_id": new_id()}
+        answers = in_parallel(lambda _: fast.request("POST", "/sessions/new", body), range(8))
+        assert sorted(answer.status for answer in answers) == [200] + 7 * [409], "not one of eight made it"
 
     @core
     def test_a_session_tells_its_messages(self, fast):
@@ -1861,6 +1880,8 @@ class TestOperations:
         [entry] = [each for each in server.stats()["streams"] if each["session_id"] == session]
         check_fields(entry, RUNNING)
         assert (entry["turn_id"], entry["readers"]) == ("t", 1) and entry["chunks"] >= 2
+        assert entry["started"] == event_of(stream.lines[0])["timestamp"], "it started at another time"
+        assert OUTSIDE or entry["client"] == "127.0.0.1"
         assert server.get("/health")["streaming_connections"] == 1
         listed = {each["session_id"]: each["streaming"] for each in server.get("/sessions")["sessions"]}
         assert listed[session] is True
@@ -2011,14 +2032,6 @@ class TestErrors:
         check_turn(printed[0].splitlines(keepends=True), **server.pace)
         assert json.loads(printed[1])["stopped"] and stream.check().end["finish_reason"] == "cancelled"
 
-    @strict
-    def test_titles_are_those_of_rfc_9110(self, fast):
-        """Sections 15.5.14 and 15.5.15, whose titles Python 3.11 and 3.12 do not know yet."""
-        for raw, title in [(post("Content-Length: 9999999"), "Content Too Large"),
-                           (b"GET /" + b"x" * 9000, "URI Too Long")]:
-            [answer] = fast.answers(raw)
-            assert answer.json["title"] == title
-
 
 # ---- README, "HTTP/1.1"
 
@@ -2147,7 +2160,11 @@ PLACES = [              # what a byte is a part of, bytes before and after it, w
     ("field value", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: x", b"x\r\n\r\n",
      {9, *range(32, 256)} - {127}),
 ]
-QUICK = "server.LIMITS.update(head_time=0.6, body_time=1.2, idle=1.5)"
+QUICK = """
+limits = server.LIMITS
+assert (limits["head_time"], limits["body_time"], limits["idle"], limits["send"]) == (10, 30, 60, 30)
+limits.update(head_time=0.6, body_time=1.2, idle=1.5)
+"""
 SLOW_REQUESTS = [       # name, bytes at once, bytes that drip, status (None: a close), after how many s
     ("a head that lacks its last line", get()[:-2], b"", 408, 0.6),
     ("a first line that drips", b"G", b"ET /" + b"x" * 100, 408, 0.6),
@@ -2300,7 +2317,8 @@ class TestHttp:
     @ours
     def test_past_the_limit_of_sessions_a_new_one_is_refused_and_none_is_thrown_out(self, serve):
         """The true limit is 10,000 (.ci/soak makes them)."""
-        server = serve("--chunk-delay", "0", changes="server.LIMITS['sessions'] = 20")
+        few = "assert server.LIMITS['sessions'] == 10_000\nserver.LIMITS['sessions'] = 20"
+        server = serve("--chunk-delay", "0", changes=few)
         for number in range(20):
             assert server.request("POST", "/sessions/new", {"session_id": f"s-{number}"}).status == 200
         news = [("/sessions/new", {}), ("/chat/stream", {"message": "Hi"}),
@@ -2463,13 +2481,15 @@ class TestAccessControl:
             assert readers_of(response.headers) is None
         assert fast.stats()["total_requests"] == before["total_requests"], "a foreign page started a turn"
 
-    def test_an_allowed_origin_may_read_every_answer_and_one_like_it_none(self, guarded):
+    def test_an_allowed_origin_may_read_every_answer_and_one_like_it_none(self, guarded, own):
         for status, (method, path, *fields), body in READABLE:
             response = ask(guarded, method, path, *fields, f"Origin: {FRIEND}", body=body)
             assert (response.status, readers_of(response.headers)) == (status, FRIEND)
             assert readers_of(ask(guarded, method, path, *fields, body=body).headers) is None
         response = ask(guarded, "GET", "/stats", BEARER, "Origin: null")
         assert (response.status, readers_of(response.headers)) == (200, "null")
+        without_token = own("--chunk-delay", "0", "--allow-origin", FRIEND)
+        assert readers_of(ask(without_token, "GET", "/stats", f"Origin: {FRIEND}").headers) == FRIEND
         for origin in ("https://app.example", "http://app.example:8443", FRIEND + ".evil.example",
                        "https://x.app.example:8443"):
             refused = ask(guarded, "GET", "/stats", BEARER, f"Origin: {origin}")
@@ -2877,7 +2897,8 @@ def error_of_start(*flags, **more):
 
 
 # The characters of the first text may stand in a field of a head.
-INERT = "FORGED\u2028FORGED\u0085FORGED\u202eFORGED\u2066FORGED\u200fFORGED\u061cFORGED\x9b2J"
+INERT = "FORGED".join("\u0085\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e"
+                      "\u2066\u2067\u2068\u2069\x9b") + "2JFORGED"
 FORGED = "x\nFORGED\rFORGED\r\nFORGED\x1b[31mFORGED\x0bFORGED\x00FORGED\x07\x7f" + INERT
 HOSTILE = [             # none begins a turn
     chat_request(FORGED.encode()), chat_request({"message": "Hi", "session_id": FORGED}),
@@ -3041,6 +3062,7 @@ GEMINI_ENDS = [         # name; what each try gets; finish_reason or code, text,
     # A refusal, or the list of what a stream has: texts, responses and bytes. The last one stays.
     ("bad key", [BAD_KEY], "model_auth", "", "GEMINI_API_KEY"),
     ("bad request", [failure(400, "INVALID_ARGUMENT", "A bad \u00e9.")], "model_error", "", "A bad \u00e9"),
+    ("unauthenticated", [failure(401, "UNAUTHENTICATED", "Wrong.")], "model_auth", "", "401"),
     ("forbidden", [failure(403, "PERMISSION_DENIED", f"<key>, {STRANGERS_KEY}.")], "model_auth", "", "403"),
     ("no such model", [failure(404, "NOT_FOUND", "Not found.")], "model_not_found", "", "GENAI_MODEL_ID"),
     ("bad gateway", [b"<title>502 Bad Gateway</title>" + b"<p>Wait.</p>" * 500], "model_error", "", "502"),
@@ -3054,7 +3076,7 @@ GEMINI_ENDS = [         # name; what each try gets; finish_reason or code, text,
      "model_error", "Half an ", "500"),
     # It is cut.
     ("cut before text", [[CUT]], "model_cut", "", ""),
-    ("cut in the middle", [["Half an ", CUT]], "model_cut", "Half an ", ""),
+    ("cut after text", [["Half an ", CUT]], "model_cut", "Half an ", ""),
     ("end in a line", [["Half an ", HALF_A_LINE]], "model_cut", "Half an ", ""),
     ("no finish reason", [["Half an ", "answer"]], "model_cut", "Half an answer", ""),
     # It is blocked.
@@ -3065,6 +3087,7 @@ GEMINI_ENDS = [         # name; what each try gets; finish_reason or code, text,
     # It has no text.
     *((f"only {word}", [[says(THOUGHT), says(finish=word)]], "model_error", "", word)
       for word in ("STOP", "MAX_TOKENS", "MALFORMED_FUNCTION_CALL", "MOON_PHASE")),
+    ("long reason", [[says(finish="X" * 2000)]], "model_error", "", "X"),
     # It has text.
     ("unheard of", [["Text", says(finish="MOON_PHASE")]], "other", "Text", ""),
     ("last reason counts", [[last("One "), last("two.", "MAX_TOKENS")]], "length", "One two.", ""),
@@ -3210,12 +3233,14 @@ class TestModels:
             assert all(0.3 < later - earlier < 5 for earlier, later in itertools.pairwise(times)), name
             if turn.end["type"] == "error":
                 assert (turn.end["code"], history) == (end, []) and names in turn.end["message"], name
+                assert "Google Cloud" not in turn.end["message"], f"{name} has nothing to do with a login"
             else:
                 kept = [("user", f"case: {name}"), ("model", text)]
                 assert (turn.end["finish_reason"], history) == (end, kept), name
                 usages[name] = tuple(turn.end["usage"].values())
         assert usages["usage last"] == (7, 8, 15), "thoughts are output"
         assert usages["usage first"] == (7, 5, 12)
+        assert all(server.get("/debug")[name] for name in ("threads", "limits", "last_errors"))
         paths = "/", "/health", "/stats", "/debug", "/sessions", "/openapi.json"
         told = f"{turns} {server.log()}" + "".join(str(server.get(path)) for path in paths)
         assert not any(part in told for part in (KEY[:10], KEY[-10:], STRANGERS_KEY))
@@ -3238,11 +3263,15 @@ class TestModels:
         server, session = gemini_server(own), new_id()
         server.request("POST", "/sessions/new", {"session_id": session, "model_id": "gemini-other"})
         one, two, three = f"one {session}", f"two {session} \n", f"three {session}"
-        for message in (one, two, "case: cut in the middle"):
+        for message in (one, two, "case: bad request"):
             server.chat(message, session_id=session).check()
         ids = {"session_id": session, "turn_id": "t"}
-        failed, again = (server.chat("case: bad request", **ids).check() for _ in range(2))
-        assert failed.info != again.info, "a failed turn runs again"
+        failed = server.chat("case: cut after text", **ids).read()
+        assert server.follow(session).read().lines == failed.lines, "the log of a failed turn is kept"
+        latest = server.session(session)["latest_turn"]
+        assert (latest["state"], latest["chunks"]) == ("failed", 1)
+        again = server.chat("case: cut after text", **ids).check()
+        assert failed.check().info != again.info, "a failed turn runs again"
         assert server.turn(three, **ids).info["model"] == "gemini-other"
         [sent] = stand_in().asked(three)
         assert sent.path == "/v1/models/gemini-other:streamGenerateContent?alt=sse" and sent.key == KEY
@@ -3334,6 +3363,9 @@ def obey(command, argument, history):
             for _ in range(8):
                 time.sleep(0.4)
                 yield "word "
+        case "late end":
+            yield "One."
+            time.sleep(0.1)
         case "no text":
             yield from ("", "")
         case "fails" | "leaves":
@@ -3446,6 +3478,11 @@ class TestModelsOfYourOwn:
         assert wait_until(lambda: file.read_text() == "closed")
 
     @beside
+    def test_an_empty_final_chunk_never_waits(self, own):
+        turn = own(*ON_COMMAND, "--chunk-delay", "3").chat("late end").check()
+        assert turn.chunks[-1]["text"] == "" and turn.end["processing_time"] < 2
+
+    @beside
     def test_a_final_chunk_that_is_held_back_comes_when_it_is_due(self, own):
         def waited():
             *_, before, final = own("--chunk-delay", "0.3").turn("a b").chunks
@@ -3548,6 +3585,8 @@ class TestPersistence:
         for request, lines in zip(requests, logs, strict=True):
             assert server.chat(**request).read().lines == lines
         assert server.follow("stopped", after=1).read().lines == lines[:2] + lines[3:]
+        assert server.session("stopped")["latest_turn"] is None, "this run of the server began no turn"
+        server.follow(requests[1]["session_id"]).check(message="More")      # its latest turn
         reused = server.request("POST", "/chat/stream", stopped | {"message": "another"})
         check_problem(reused, 409, "turn_id_reused")
         assert told_by(server) == told and server.stats()["total_requests"] == 0
@@ -3610,7 +3649,8 @@ class TestPersistence:
                                        ("POST", "/sessions/cleared/clear", None),
                                        ("DELETE", "/sessions/deleted", None),
                                        ("POST", "/sessions/stopped/stop", None)):
-                check_problem(server.request(method, path, body), 500, "internal_error")
+                problem = check_problem(server.request(method, path, body), 500, "internal_error")
+                assert file.name not in problem["detail"], "the detail is for the log alone"
             assert running.check().end.get("code") == "internal_error"
         assert wait_until(lambda: file.name in server.log()), "the log does not tell why"
         assert {session: server.history(session) for session in server.session_ids()} == before
@@ -3773,9 +3813,9 @@ def in_nginx(conf, *changes):
         text = replaced(conf, ("listen 80;", "listen {}:{};".format(*address)), *changes)
         user = "user root;" if hasattr(os, "geteuid") and os.geteuid() == 0 else ""
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        paths = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+        paths = "".join(f'{kind}_temp_path "{folder}/{kind}";' for kind in kinds)
         file = Path(folder, "conf")
-        file.write_text(f"daemon off; pid {folder}/pid; {user} events {{}}\n"
+        file.write_text(f'daemon off; pid "{folder}/pid"; {user} events {{}}\n'
                         f"http {{ access_log off; {paths}\n{text}}}")
         # It inherits our listener, as at an upgrade of nginx, so nobody else can take the port.
         number = listener.fileno()
@@ -3947,7 +3987,7 @@ MAY_PASS = [            # what a server does once, and its bytes
     ("an end without a terminal event", coded(*TURN[:4])),
     ("a missing chunk", stream_of(INFO, STATUS, *CHUNKS[1:], COMPLETE)),
     ("the last chunks are missing", stream_of(INFO, STATUS, *CHUNKS[:1], COMPLETE)),
-    ("an error that may pass", stream_of(*TURN[:3], SHUTDOWN)),
+    ("an error that may pass", stream_of(*TURN[:3], line_of("error", code="x", message="x", retryable=True))),
     ("an earlier run of the turn, and a cut", stream_of(OTHER_INFO, STATUS, *CHUNKS[:2])),
 ]
 UNEXPECTED = "unexpected", "unexpected answer"
@@ -4085,6 +4125,7 @@ class TestClientLibrary:
         assert chat.error is None and chat.text == "".join(WORDS)
 
     def test_a_silent_server_is_left_and_a_ping_breaks_a_silence(self, library, own, monkeypatch):
+        assert (library.SILENCE, library.REPLY_TIME, library.STOP_TIME) == (30, 10, 3)
         monkeypatch.setattr(library, "SILENCE", 1)
         server = own("--chunk-delay", "1.3", "--chunk-words", "12", "--heartbeat", "0.2")
         with Proxy(server.address, [Fault(stall=800)]) as proxy:
@@ -5067,8 +5108,8 @@ class TestThePageRecovers:
         cuts = [0, 9, 100, b'{"type":"status"', b'"chunk_number":2', b'"text":"', b'"is_final":true',
                 b"\n\r\n0\r\n"]
         complete = line_of("complete", finish_reason="stop", total_chunks=1, processing_time=1)
-        trouble = [refusal(503, "Retry-After: 1"), refusal(408), refusal(502, body=b"<html>"), b"",
-                   b"HTTP/1.1 20", stream_of(complete),
+        trouble = [refusal(503, "Retry-After: 1"), refusal(504), refusal(502, body=b"<html>"), b"",
+                   b"HTTP/1.1 20", stream_of(complete), stream_of(SHUTDOWN),
                    stream_of(line_of("chunk", text="not the first", chunk_number=2))]
         faults = [Fault(stall=b'"chunk_number":3'), Fault(), *cut_once(cuts), *BYTE_BY_BYTE,
                   *(fault for raw in trouble for fault in (Fault(instead=raw), Fault()))]

@@ -3273,6 +3273,7 @@ class TestModels:
         again = server.chat("case: cut after text", **ids).check()
         assert failed.check().info != again.info, "a failed turn runs again"
         assert server.turn(three, **ids).info["model"] == "gemini-other"
+        assert server.session(session)["model"] == "gemini-other"
         [sent] = stand_in().asked(three)
         assert sent.path == "/v1/models/gemini-other:streamGenerateContent?alt=sse" and sent.key == KEY
         assert sent.texts == [("user", one), ("model", f"Message 1: {one}"), ("user", two),

@@ -2644,11 +2644,10 @@ def masked(text):
 class TestReadme:
     """What the README shows is what the server does."""
 
-    TEXT = README.read_text("utf-8")
-
     @beside
     def test_the_exchange_byte_by_byte(self, serve):
-        request, answer = re.findall(r"^```http\n(.*?)^```$", self.TEXT, re.MULTILINE | re.DOTALL)
+        text = README.read_text("utf-8")
+        request, answer = re.findall(r"^```http\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         head, _, body = answer.partition("\n\n")
         shown = head.replace("\n", "\r\n") + "\r\n\r\n"
         for row in body.splitlines():       # its ends of lines are written out
@@ -2669,7 +2668,8 @@ class TestReadme:
         needs("curl")
         story = serve()
         story.turn("Hi!", session_id="demo", turn_id="t-1")
-        commands = re.findall(r"^\$ (curl .*)\n((?:.*\n)*?)(?=```$|\$ )", self.TEXT, re.MULTILINE)
+        text = README.read_text("utf-8")
+        commands = re.findall(r"^\$ (curl .*)\n((?:.*\n)*?)(?=```$|\$ )", text, re.MULTILINE)
         assert len(commands) == 10
         for command, shown in commands:
             # These two have a server of their own: they are no part of the story.
@@ -2681,7 +2681,7 @@ class TestReadme:
 
     @beside
     def test_every_link_flag_and_code_is_there(self, instant):
-        text = self.TEXT
+        text = README.read_text("utf-8")
         headings = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
                     for heading in re.findall("^##+ (.*)$", text, re.MULTILINE)}
         links = re.findall(r"\]\(#([^)]+)\)", text)

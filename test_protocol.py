@@ -918,12 +918,15 @@ def visiting():
         server.request("DELETE", f"/sessions/{session}")
 
 
+def clock_flags(delay, heartbeat, window):
+    return "--chunk-delay", str(delay), "--heartbeat", str(heartbeat), "--resume-window", str(window)
+
+
 @contextlib.contextmanager
 def clocked(delay=0.1, heartbeat=10, window=30, changes=""):
     """A fresh server with these clocks, in seconds: ours, or another one by its tester's command."""
     if not OUTSIDE:
-        flags = ("--chunk-delay", str(delay), "--heartbeat", str(heartbeat), "--resume-window", str(window))
-        with running(*flags, changes=changes) as own:
+        with running(*clock_flags(delay, heartbeat, window), changes=changes) as own:
             yield own
         return
     command = os.environ.get("STREAMCHAT_START") or pytest.skip("needs STREAMCHAT_START")
@@ -976,12 +979,14 @@ def lend(shared):
         server.check_log()
 
 
+CLOCKS = {              # of servers that others have, too: delay, heartbeat and window in seconds
+    "brisk": (0.02, 0.3, 0.7), "silent": (2, 0.3, 0.5),
+}
 SERVERS = {             # the servers that tests share, by the names of their fixtures
     "server": ("--chunk-delay", "0.02"),            # the default flags, except for five times the pace
     "fast": ("--chunk-delay", "0"),                 # no pace
     "instant": ("--chunk-delay", "0", "--log", "off"),
-    "brisk": ("--chunk-delay", "0.02", "--heartbeat", "0.3", "--resume-window", "0.7"),
-    "silent": ("--chunk-delay", "2", "--heartbeat", "0.3", "--resume-window", "0.5"),   # long silences
+    **{name: clock_flags(*clocks) for name, clocks in CLOCKS.items()},
 }
 
 
@@ -997,12 +1002,12 @@ def fast(lend):
 
 @pytest.fixture
 def brisk(lend):
-    return lend(clocked, 0.02, 0.3, 0.7)
+    return lend(clocked, *CLOCKS["brisk"])
 
 
 @pytest.fixture
 def silent(lend):
-    return lend(clocked, 2, 0.3, 0.5)
+    return lend(clocked, *CLOCKS["silent"])
 
 
 @pytest.fixture
@@ -2597,14 +2602,6 @@ def run(command, folder, variables=()):
 def cut_once(cuts):
     """The faults where a client gets the answer that was cut when it tries again."""
     return itertools.chain.from_iterable((Fault(cut=cut), Fault()) for cut in cuts)
-
-
-@contextlib.contextmanager
-def restarting(before, after):
-    """A proxy that cuts the first answer, after which the server has lost its memory: it is another one."""
-    with Proxy(before.address, [Fault(cut=900)]) as proxy:
-        proxy.note = lambda line, what: setattr(proxy, "target", after.address)
-        yield proxy
 
 
 def places_to_cut(server, step):
@@ -4217,7 +4214,9 @@ class TestScripts:
         with Proxy(fast.address, [Fault(cut=900)]) as proxy:
             status, out, err = in_script(proxy.url, *options, "--session", session := new_id(), TEXT)
         assert (status, out, err.count("\n")) == (0, printed(fast, session, options), 1) and "Retrying" in err
-        with restarting(fast, another := own(*INSTANT)) as proxy:
+        another = own(*INSTANT)
+        with Proxy(fast.address, [Fault(cut=900)]) as proxy:    # after which the server has lost its memory
+            proxy.note = lambda line, what: setattr(proxy, "target", another.address)
             status, out, err = in_script(proxy.url, *options, "--session", session := new_id(), TEXT)
         shown = printed(another, session, options)
         earlier = out.removesuffix(shown)
